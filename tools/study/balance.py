@@ -30,14 +30,13 @@ packages). Runs take both cores; `nice` does not change what comes out.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tools.study.balance_report import Arm, Trained, interpolated, read, write_page
+from tools.study.runner import ROOT, Planned, commit, read_records, train_all
 
 ARMS = {
     "micro": Arm("balance.weight", (1e-3, 1e-2, 1e-1), ("balance=micro",)),
@@ -56,7 +55,6 @@ FINAL = ("micro", "exact", "warm", "bias, global counts", "bias, quantiles")
 STAGES = {1: (200, (1, 2)), 2: (800, (11, 12, 13, 14, 15))}       # optimizer steps, seeds
 COMMON = ("experiment=quickstart", "train.micro_batch=2", "eval.windows=128", "eval.interval=0",
           "log.wandb=off", "log.interval=50", "checkpoint.interval=100")
-ROOT = Path(__file__).parents[2]
 
 
 class Size(NamedTuple):
@@ -162,40 +160,22 @@ def run(planned: list[Job], out: Path, size: Size, minutes: float) -> None:
         size: size of the study.
         minutes: no run is started after so many.
     """
-    finished = {run[:4] for run in read_all(out, size.record)}
-    left = [job for job in planned if job not in finished]
+    finished, made_by = {run[:4] for run in read_all(out, size.record)}, commit()
+    left = [Planned(job.name, job.command(out, size), partial(read, job=job._asdict(), commit=made_by), shown)
+            for job in planned if job not in finished]
     print(f"{len(planned) - len(left)} of {len(planned)} runs have finished; {len(left)} to go")
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    began, done = time.monotonic(), 0
-    for job in left:
-        if time.monotonic() - began > 60 * minutes:
-            return
-        start = time.monotonic()
-        directory = out / job.name
-        directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "study.log", "a") as log:
-            code = subprocess.run(job.command(out, size), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-        if code:
-            raise SystemExit(f"{job.name} ended with {code}; see {directory / 'study.log'}")
-        result = read(directory, job._asdict(), commit)
-        (directory / "result.json").write_text(json.dumps(result._asdict()))
-        done += 1
-        each = (time.monotonic() - began) / done
-        print(f"{job.name}: loss {result.losses['mean']:.4f}, violation {result.violation:.2f} global "
-              f"{result.local_violation:.2f} local, {time.monotonic() - start:.0f} s; "
-              f"{len(left) - done} to go, about {each * (len(left) - done) / 60:.0f} min", flush=True)
+    train_all(left, out, minutes)
+
+
+def shown(result: Trained) -> str:
+    """Figures of a run in a line."""
+    return (f"loss {result.losses['mean']:.4f}, violation {result.violation:.2f} global "
+            f"{result.local_violation:.2f} local")
 
 
 def read_all(out: Path, record: Path) -> list[Trained]:
     """Finished runs of this machine and of the record."""
-    lines = record.read_text().splitlines() if record.exists() else []
-    here = [file.read_text() for file in sorted(out.glob("*/result.json"))]
-    runs = [Trained(**json.loads(text)) for text in [*lines, *here]]
-    if len({run.corpus for run in runs}) > 1:
-        raise SystemExit(f"runs on different corpora cannot be compared: move {record} away, "
-                         "or install the versions that it was made with")
+    runs = [Trained(**values) for values in read_records(out, record)]
     return sorted({run[:4]: run for run in runs}.values(), key=lambda run: run[:4])
 
 

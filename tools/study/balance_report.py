@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrain.runs.specialization import mutual_information
+from tools.study.pairs import Difference, difference, smallest_seen
 
 # Columns of both stages, and their digits.
 FIGURES = (("violation", 2), ("local_violation", 2), ("information", 3))
 LAST = 50                        # steps at the end over which violations are averaged
-# Student's t, two-sided 95 %, by degrees of freedom.
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 class Arm(NamedTuple):
@@ -99,24 +98,13 @@ def _mean(runs: Sequence[Trained], arm: str, strength: float, what: str) -> floa
     return float(np.mean(values)) if values else float("nan")
 
 
-class Difference(NamedTuple):
-    """Difference of two arms over the same seeds: mean, half of the 95 % interval, number of seeds."""
-
-    mean: float
-    half: float
-    seeds: int
-
-
 def paired(ours: Sequence[Trained], theirs: Sequence[Trained],
            what=lambda run: run.losses["mean"]) -> Difference | None:
     """Difference of `what` between runs of one seed, in stage 1 of one strength too; None below two pairs."""
     other = {(run.seed, run.strength if run.stage == 1 else 0): what(run) for run in theirs}
     values = [what(run) - other[run.seed, run.strength if run.stage == 1 else 0] for run in ours
               if (run.seed, run.strength if run.stage == 1 else 0) in other]
-    if len(values) < 2:
-        return None
-    half = T_95.get(len(values) - 1, 2.0) * float(np.std(values, ddof=1)) / len(values)**0.5
-    return Difference(float(np.mean(values)), half, len(values))
+    return difference(values)
 
 
 # --- the page
@@ -165,12 +153,12 @@ def _sensitivity(first: list[Trained], stages: Mapping[int, tuple]) -> list[str]
     found = paired(by_arm["exact"], by_arm["micro"])
     if found is None:
         return ["The smallest visible difference is unknown until the pairs of stage 1 have finished.", ""]
-    spread = found.half * found.seeds**0.5 / T_95.get(found.seeds - 1, 2.0)
     seeds = len(stages[2][1])
-    smallest = T_95[seeds - 1] * spread / seeds**0.5
+    smallest = smallest_seen(found.spread, seeds)
     return [f"**Smallest difference that stage 2 can see**, from the spread of the {found.seeds} pairs of "
-            f"`exact` and `micro` in stage 1 (standard deviation {spread:.4f}): {smallest:.4f} nats per byte "
-            f"with {seeds} seeds, two-sided 95 %. Smaller differences cannot be distinguished from zero.", ""]
+            f"`exact` and `micro` in stage 1 (standard deviation {found.spread:.4f}): {smallest:.4f} nats "
+            f"per byte with {seeds} seeds, two-sided 95 %. Smaller differences cannot be distinguished from "
+            "zero.", ""]
 
 
 def _first(runs: list[Trained], arms: Mapping[str, Arm]) -> list[str]:
@@ -221,9 +209,9 @@ def _second(runs: list[Trained], final: Sequence[str], strength: Mapping[str, fl
         loss, information = paired(mine, micro), paired(mine, micro, lambda run: run.information)
         by_domain = (paired(mine, micro, lambda run, name=name: run.losses[name]) for name in domains)
         cells = [loss, *by_domain, information]
-        lines.append(f"| {arm} | " + " | ".join(map(_interval, cells)) + " |")
-        for what, difference in (("loss", loss), ("information", information)):
-            if difference and abs(difference.mean) > difference.half:
+        lines.append(f"| {arm} | " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+        for what, found in (("loss", loss), ("information", information)):
+            if found and abs(found.mean) > found.half:
                 apart[what].append(arm)
     told = "; ".join(f"by {what}: {', '.join(arms) or 'none'}" for what, arms in apart.items())
     return [*lines, "", "Arms that differ from `micro` (the interval excludes zero, without correction "
@@ -240,10 +228,6 @@ def _average(runs: list[Trained], what, digits: int) -> str:
     values = [what(run) for run in runs]
     spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
-
-
-def _interval(difference: Difference | None) -> str:
-    return "" if difference is None else f"{difference.mean:+.4f} ± {difference.half:.4f}"
 
 
 def _listed(seeds: Sequence[int]) -> str:
