@@ -43,6 +43,7 @@ FAMILIES = {
     "router": Family("moetrain.routers", "moetrain.routers.base.Router", ("scores",)),
     "expert": Family("moetrain.moe", "moetrain.moe.expert_form.ExpertForm", ("rows",)),
     "capacity": Family("moetrain.moe", "moetrain.moe.capacity.CapacityPolicy"),
+    "language_loss": Family("moetrain.losses", "moetrain.losses.language.LanguageLoss", ("score",)),
     "balance": Family("moetrain.losses", "moetrain.losses.load_balance.LoadBalanceLoss"),
     "loss": Family("moetrain.losses", "moetrain.losses.base.AuxLoss", ("pool", "value", "slopes")),
     "planner": Family("moetrain.plan.planners", "moetrain.plan.planners.base.Planner", ("plan",)),

@@ -107,7 +107,7 @@ def take_out(overrides: Sequence[str]) -> tuple[list[str], list[ConfigError]]:
 
 
 # Sections that records of older releases do not have: what could not be chosen is the default now.
-LATER_PARTS = ("expert",)
+LATER_PARTS = ("expert", "language_loss")
 
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from moetrain.config.parallel_schema import EngineConfig, HardwareConfig, Parall
 
 # Experts of runs whose config says nothing of them.
 SWIGLU = {"_target_": "moetrain.moe.expert_form.SwigluExpert"}
+CROSS_ENTROPY = {"_target_": "moetrain.losses.language.CrossEntropy"}
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,8 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    language_loss: dict[str, Any] = key(
+        CROSS_ENTROPY, "the loss of the predictions: _target_ and its arguments")
     balance: dict[str, Any] = key({}, "the balance loss: _target_ and its arguments")
     loss: dict[str, Any] = key({}, "further losses by name: _target_ and arguments each")
     data: DataConfig = field(default_factory=DataConfig)

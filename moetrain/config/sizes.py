@@ -29,6 +29,7 @@ from moetrain.config.architecture import (
     rounds,
     router_paths,
 )
+from moetrain.config.build import NoSuchPart, declared
 from moetrain.config.denoisers import special_ids
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
@@ -159,7 +160,7 @@ def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     trained = count_trained(config, parameters, vocab_size)
     state = max(4, item) * (sum(_on_rank(parameters, cut)) + (3 if config.optim.name == "adamw" else 2)
                             * _on_rank(trained, cut)[0] + 3 * _on_rank(trained, cut)[1])
-    tokens = train.per_forward(ranks) * train.seq_len
+    tokens = train.per_forward(ranks) * train.seq_len * _draws(config)
     exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
     # Beside the logits themselves: those in float32, and their gradient.
     logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
@@ -182,6 +183,14 @@ def count_trained(config: Config, parameters: Parameters, vocab_size: int) -> Pa
     frozen = count_frozen(config, vocab_size)
     return parameters._replace(**{kind: getattr(parameters, kind) - numbers
                                   for kind, numbers in frozen.items()})
+
+
+def _draws(config: Config) -> int:
+    """Count the passes of a micro-batch that its language loss needs at once."""
+    try:
+        return int(declared(str(config.language_loss.get("_target_", "")), "language_loss", "draws") or 1)
+    except NoSuchPart:                                       # reported where the part is checked
+        return 1
 
 
 def _on_rank(parameters: Parameters, cut: Shards) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from moetrain.config.values import flatten, show
 from moetrain.errors import ConfigError
 
 # A trailing dot means the whole section.
-FIXED = ("model.", "init.", "optim.", "balance.", "loss", "loss.", "train.frozen", "denoising.", "run.seed",
-         "run.steps")
+FIXED = ("model.", "init.", "optim.", "balance.", "loss", "loss.", "language_loss.", "train.frozen",
+         "denoising.", "run.seed", "run.steps")
 CHANGING = ("model.top_k", "router.", "capacity.", "expert.", "train.seq_len", "data.mask_documents")
 _PARTS = ("router", "capacity", "expert")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetrain.comm.agreement import all_or_none
 from moetrain.comm.mesh import Mesh
+from moetrain.config.build import build
 from moetrain.config.rules.model import model_vocabulary
 from moetrain.config.schema import Config
 from moetrain.losses.language import LanguageLoss
@@ -33,11 +34,12 @@ def set_up(config: Config, directory: Path, mesh: Mesh, convert_model: ConvertMo
         directory: directory of the run.
         mesh: all ranks.
         convert_model: changes the model before it is sharded (model/build.py).
-        language_loss: takes the place of cross-entropy (losses/language.py).
+        language_loss: takes the place of the one that the config chooses (losses/language.py).
 
     Returns:
         The run, at step 0.
     """
+    language_loss = build(config.language_loss, "language_loss") if language_loss is None else language_loss
     check_language_loss(config, language_loss, mesh["batch"].size)
     all_or_none(mesh["batch"], lambda: refuse_what_cannot_fit(config, mesh))
     dataset, loader = set_up_data(config, directory, mesh)

@@ -145,5 +145,5 @@ def test_a_part_that_has_an_argument_of_the_old_name_keeps_it(tmp_path: Path,
     mine = Family("moetrain.parts", "moetrain.parts.Mine")
     monkeypatch.setattr(build, "FAMILIES", {**FAMILIES, "router": mine})
     node = {"_target_": "moetrain.parts.Mine", "centre": False}
-    given = {"router": node, "run": None, "expert": {}}
+    given = {"router": node, "run": None, "expert": {}, "language_loss": {}}
     assert renamed.translate(given) == given

@@ -32,6 +32,7 @@ VARIANTS = {
     "null_expert": [["router.renorm=none", "router.num_null=2", "loss=[z,null_lbl]"], MOE_PLUS_PLUS],
     "relu": [["router.target_k=1.5", "router.lambda0=0.01", "loss=[z,l1_lb]"]],
     "mlp": [["router.kind=gmm"], ["router.dropout=0.25", "router.sample_topk=1"]],
+    "stochastic": [["model.top_k=1", "language_loss=consistency"]],
     "domain": [["router.experts=[[0,1,2,3],[4,5,6,7],[0,2,4,6],[1,3,5,7]]"]]}
 # Sizes of their own that routers have by themselves, for finite differences, by option.
 SMALL = {"recurrent": ["router.state_dim=2"], "mlp": ["router.hidden=3"]}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.data.batches.batch import Batch
+from moetrain.losses.consistency import ConsistencyLoss
 from moetrain.losses.language import Head, LanguageLoss, token_cross_entropy
 from moetrain.train.state import Run
 from tests.support.told_routers import noisy
@@ -30,17 +31,6 @@ class Distillation(LanguageLoss):
 
     def score(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:
         return head.per_row(divergence, states_BSD, teacher()[batch.tokens_BS], batch.scored_BS).sum()
-
-
-class Consistency(LanguageLoss):
-    """Cross-entropy with two draws, and the symmetric KL divergence between them."""
-
-    draws, by_rows, weight = 2, True, 0.5
-
-    def score(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:
-        first, second = states_BSD.chunk(2)
-        nats = head.per_row(token_cross_entropy, states_BSD, batch.targets_BS).sum()
-        return nats + self.weight * head.per_row(apart, (first, second), batch.scored_BS.chunk(2)[0]).sum()
 
 
 class Preference(LanguageLoss):
@@ -62,7 +52,7 @@ class WholeLogits(LanguageLoss):
         return token_cross_entropy(head.logits(states_BSD).flatten(0, 1), batch.targets_BS.flatten()).sum()
 
 
-LOSSES = {"cross-entropy": None, "distillation": Distillation(), "consistency": Consistency(),
+LOSSES = {"cross-entropy": None, "distillation": Distillation(), "consistency": ConsistencyLoss(weight=1.0),
           "preference": Preference()}
 
 

@@ -41,7 +41,7 @@ def divisions(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 def part_keys(config: Config) -> dict[str, Key]:
     """List the arguments of the chosen parts by path."""
-    sections = ("router", "expert", "capacity", "balance", "planner")
+    sections = ("router", "expert", "capacity", "language_loss", "balance", "planner")
     parts = {section: (section, getattr(config, section)) for section in sections}
     parts |= {f"loss.{name}": ("loss", part) for name, part in config.loss.items()}
     found = {}
