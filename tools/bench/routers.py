@@ -31,7 +31,7 @@ from moetrain.model.build import router_of
 from moetrain.routers.base import Router
 
 # Overrides that a router needs, by its option.
-NEEDS = {"sparsemixer": ["model.top_k=2"]}
+NEEDS = {"sparsemixer": ["model.top_k=2"], "expert_choice": ["eval.allow_noncausal=true"]}
 # Overrides that change what a decision costs, by option.
 VARIANTS = {"topk": [["router.jitter_eps=0.01"], ["router.noise=gumbel"], ["router.noise=normal"],
                      ["router.noise=vmoe"], ["router.second_expert=random", "model.top_k=2"],
