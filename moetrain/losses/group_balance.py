@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.losses.base import AuxLoss, Pooled, PoolRule
+from moetrain.losses.base import Pooled
 from moetrain.losses.load_balance import balance_slope
+from moetrain.losses.scoped import ScopedLoss
 from moetrain.ops.router_sums import Decided, TokenSum
 from moetrain.routers.base import RoutingStats
 
 
-class DeviceBalanceLoss(AuxLoss):
+class DeviceBalanceLoss(ScopedLoss):
     """Device-level balance loss: slots per group of experts.
 
     Args:
@@ -50,13 +51,8 @@ class DeviceBalanceLoss(AuxLoss):
                  scope: Literal["global", "node", "micro"] = "global",
                  mode: Literal["exact", "sync", "buffer", "warm"] = "exact",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
-        self.num_groups, self.weight = num_groups, weight
-        self.scope, self.mode, self.reduction = scope, mode, reduction
-
-    @property
-    def pool(self) -> PoolRule | None:
-        """What counts are pooled over; None if those of the micro-batch suffice."""
-        return PoolRule(self.scope, self.mode) if self.scope != "micro" and self.weight > 0 else None
+        super().__init__(weight=weight, scope=scope, mode=mode, reduction=reduction)
+        self.num_groups = num_groups
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
         """Contribution of a micro-batch to the loss of each router, [R], with gradient."""
@@ -98,19 +94,17 @@ class CommunicationBalanceLoss(DeviceBalanceLoss):
                  scope: Literal["global", "node", "micro"] = "global",
                  mode: Literal["exact", "sync", "buffer"] = "exact",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
-        super().__init__(num_groups=num_groups, weight=weight, scope=scope, mode=mode, reduction=reduction)
-        self.max_groups = max_groups
-        self.sum_name = f"sent_{num_groups}"
+        self.max_groups, self.sum_name = max_groups, f"sent_{num_groups}"
         self.token_sums = {self.sum_name: sent_to_groups(num_groups)}
-        self.pooled_sums = frozenset({self.sum_name, "tokens"} if scope != "micro" else ())
+        self.summed = frozenset({self.sum_name, "tokens"})
+        super().__init__(num_groups=num_groups, weight=weight, scope=scope, mode=mode, reduction=reduction)
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
         """Gradient of `value` at the probability sums, [R, E]: f of an expert's group, over N."""
         dtype, size = stats.prob_sum_E.dtype, self.group_size(stats.prob_sum_E.shape[-1])
-        sums = stats.named() if self.scope == "micro" else pooled.sums
-        assert sums is not None
-        counted_G, of_R = sums[self.sum_name].to(dtype), sums["tokens"].clamp(min=1).to(dtype)
-        f_G = self.num_groups / self.max_groups * counted_G / of_R[..., None]
+        counted_G = self.over_scope(stats, pooled, self.sum_name).to(dtype)
+        of_R = self.over_scope(stats, pooled, "tokens").to(dtype)
+        f_G = self.num_groups / self.max_groups * counted_G / of_R.clamp(min=1)[..., None]
         slope_G = f_G / pooled.tokens.clamp(min=1).to(dtype)
         return {"prob_sum_E": slope_G.repeat_interleave(size, -1)}
 

@@ -21,11 +21,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from moetrain.losses.base import AuxLoss, Pooled, PoolRule
+from moetrain.losses.base import Pooled
+from moetrain.losses.scoped import ScopedLoss
 from moetrain.routers.base import RoutingStats
 
 
-class MutualInformationLoss(AuxLoss):
+class MutualInformationLoss(ScopedLoss):
     """Mean entropy of the probabilities, less the entropy of their mean.
 
     Args:
@@ -35,18 +36,12 @@ class MutualInformationLoss(AuxLoss):
         reduction: mean or sum over routers.
     """
 
-    BOUNDS = {"weight": "0 or more"}
+    summed = frozenset({"prob_sum_E", "tokens"})
 
     def __init__(self, *, weight: float = 1e-2, scope: Literal["global", "node", "micro"] = "global",
                  mode: Literal["exact", "sync", "buffer"] = "exact",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
-        self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
-        self.pooled_sums = frozenset({"prob_sum_E", "tokens"} if self.pool else ())
-
-    @property
-    def pool(self) -> PoolRule | None:
-        """What sums are pooled over; None if those of the micro-batch suffice."""
-        return None if self.scope == "micro" else PoolRule(self.scope, self.mode)
+        super().__init__(weight=weight, scope=scope, mode=mode, reduction=reduction)
 
     def value(self, stats: RoutingStats, pooled: Pooled) -> Tensor:
         """Contribution of a micro-batch to the loss of each router, [R], with gradient."""
@@ -55,11 +50,7 @@ class MutualInformationLoss(AuxLoss):
 
     def slopes(self, stats: RoutingStats, pooled: Pooled) -> dict[str, Tensor]:
         """Gradient of `value` at the sums of entropies, one number, and of probabilities, [R, E]."""
-        if self.pool is None:
-            prob_sum_RE, tokens_R = stats.prob_sum_E.detach().double(), stats.tokens
-        else:
-            assert pooled.sums is not None
-            prob_sum_RE, tokens_R = pooled.sums["prob_sum_E"], pooled.sums["tokens"]
+        prob_sum_RE, tokens_R = (self.over_scope(stats, pooled, name) for name in ("prob_sum_E", "tokens"))
         dtype, whole = stats.prob_sum_E.dtype, pooled.tokens.clamp(min=1).double()
         mean_RE = prob_sum_RE / tokens_R.clamp(min=1)[..., None]
         return {"entropy_sum": (1 / whole).to(dtype),

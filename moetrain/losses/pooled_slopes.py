@@ -16,22 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.losses.base import AuxLoss, Pooled, PoolRule
+from moetrain.losses.base import Pooled, PoolRule
+from moetrain.losses.scoped import ScopedLoss
 from moetrain.ops.pinned import to_device
 from moetrain.routers.base import RoutingStats
 
 
-class PooledSlopeLoss(AuxLoss):
-    """Loss that subclasses define by `slope`.
+class PooledSlopeLoss(ScopedLoss):
+    """Loss that subclasses define by `slope`. Arguments as `ScopedLoss`; the scope is that of counts."""
 
-    Args:
-        weight: coefficient in the objective; a loss of weight 0 is not computed.
-        scope: what counts are taken over: global, node, micro (a micro-batch of a rank).
-        mode: how counts are pooled under accumulation (`PoolRule`); unused with scope micro.
-        reduction: mean or sum over routers.
-    """
-
-    BOUNDS = {"weight": "0 or more"}
     # Name of the sum that is weighed, [R, C].
     of = "prob_sum_E"
     # Whether `slope` reads how many tokens were counted.
@@ -40,15 +33,10 @@ class PooledSlopeLoss(AuxLoss):
     def __init__(self, *, weight: float = 1e-2, scope: Literal["global", "node", "micro"] = "global",
                  mode: Literal["exact", "sync", "buffer", "warm"] = "exact",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
-        self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
+        super().__init__(weight=weight, scope=scope, mode=mode, reduction=reduction)
         # The tokens that were counted, where these are neither the step's nor the micro-batch's.
-        known = self.pool in (None, PoolRule("global", "exact"))
-        self.pooled_sums = frozenset() if known or not self.counts_tokens else frozenset({"tokens"})
-
-    @property
-    def pool(self) -> PoolRule | None:
-        """What counts are pooled over; None if the counts of the micro-batch suffice."""
-        return PoolRule(self.scope, self.mode) if self.scope != "micro" and self.weight > 0 else None
+        if self.counts_tokens and self.pool not in (None, PoolRule("global", "exact")):
+            self.pooled_sums = frozenset({"tokens"})
 
     def slope(self, counts_RC: Tensor, tokens_R: Tensor, pooled: Pooled) -> Tensor:
         """What is charged for each unit of the sum.

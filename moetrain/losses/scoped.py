@@ -22,12 +22,13 @@ from moetrain.routers.base import RoutingStats
 
 
 class ScopedLoss(AuxLoss):
-    """Base class of losses of sums over a scope. Subclasses name the sums in `summed`.
+    """Base class of losses of counts or sums over a scope. Subclasses name such sums in `summed`.
 
     Args:
         weight: coefficient in the objective; a loss of weight 0 is not computed.
         scope: what is summed over: global, node or micro.
-        mode: how sums are pooled under accumulation (`PoolRule` in losses/base.py); unused with scope micro.
+        mode: how they are pooled under accumulation (`PoolRule` in losses/base.py); unused with scope micro.
+            Losses with `summed` do not take warm.
         reduction: mean or sum over routers.
     """
 
@@ -37,14 +38,14 @@ class ScopedLoss(AuxLoss):
     summed: frozenset[str] = frozenset()
 
     def __init__(self, *, weight: float = 0.01, scope: Literal["global", "node", "micro"] = "global",
-                 mode: Literal["exact", "sync", "buffer"] = "exact",
+                 mode: Literal["exact", "sync", "buffer", "warm"] = "exact",
                  reduction: Literal["mean", "sum"] = "mean") -> None:
         self.weight, self.scope, self.mode, self.reduction = weight, scope, mode, reduction
         self.pooled_sums = frozenset() if self.pool is None else self.summed
 
     @property
     def pool(self) -> PoolRule | None:
-        """What sums are pooled over; None if those of the micro-batch suffice."""
+        """What counts and sums are pooled over; None if those of the micro-batch suffice."""
         return PoolRule(self.scope, self.mode) if self.scope != "micro" and self.weight > 0 else None
 
     def over_scope(self, stats: RoutingStats, pooled: Pooled, name: str) -> Tensor:

@@ -86,7 +86,7 @@ def test_values_are_those_of_the_papers():
 
 @pytest.mark.parametrize("loss, name", [
     (ImportanceLoss(), "importance_E"), (ImportanceLoss(of="probabilities"), "prob_sum_E"),
-    (LoadLoss(), "load_E")], ids=str)
+    (LoadLoss(), "load_E")], ids=["gates", "probabilities", "load"])
 @pytest.mark.parametrize("scope", ["global", "micro"])
 def test_the_gradient_is_that_of_the_squared_coefficient_of_variation(loss, name, scope):
     loss = type(loss)(scope=scope, **({"of": "probabilities"} if name == "prob_sum_E" else {}))
