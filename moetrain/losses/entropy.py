@@ -19,10 +19,11 @@ class EntropyLoss(AuxLoss):
     """Mean entropy of the probabilities.
 
     Args:
-        weight: coefficient in the objective; a loss of weight 0 is not computed. Below 0 it makes choices
-            flatter.
+        weight: coefficient in the objective; a loss of weight 0 is not computed.
         reduction: mean or sum over routers.
     """
+
+    BOUNDS = {"weight": "0 or more"}
 
     pool = None
 
