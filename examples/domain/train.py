@@ -16,7 +16,8 @@ def main(out: Path) -> dict[str, list[int]]:
         (out / "corpus" / name / "all.txt").write_text("".join(map(line.format, range(400))))
     train(compose([
         "experiment=debug", "data=text", f"data.path={out / 'corpus'}", f"run.dir={out / 'run'}",
-        "run.steps=4", "model.num_experts=6", "router=domain", "router.experts=[[0,1,2,3],[0,1,4,5]]",  # code, prose
+        "run.steps=4", "model.num_experts=6", "router=domain",
+        "router.experts=[[0,1,2,3],[0,1,4,5]]",  # code, prose
     ]))
     return print_choices(out / "run")
 

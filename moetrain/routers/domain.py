@@ -62,8 +62,7 @@ class DomainRouter(TopKRouter):
         assert context.domains_T is not None, "the domain of a token is known"
         allowed_TE = self.allowed[context.domains_T if self.lists else torch.zeros_like(context.domains_T)]
         logits_TE = self.logits(x_TD).where(allowed_TE, float("-inf"))
-        # 0 without gradient where no choice is: the slope of the entropy is infinite there.
-        probs_TE = logits_TE.softmax(-1).where(allowed_TE, 0)
+        probs_TE = logits_TE.softmax(-1)
         return Scores(probs_TE.detach().where(allowed_TE, float("-inf")), probs_TE, logits_TE)
 
     def _map(self) -> Tensor:
