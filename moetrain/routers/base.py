@@ -138,8 +138,7 @@ class Router(nn.Module):
         num_choices: C, E or more; None is E.
     """
 
-    # Whether the decision for a token depends on that token and earlier ones of its sequence alone.
-    causal = True
+    causal = True        # whether a decision depends on its token and earlier ones of the sequence alone
     # Properties of the split of a batch that change its decisions, for the banner: "ranks, accumulation".
     depends_on_split = ""
     num_domains: int | None = None           # that the data must have; None: any
@@ -147,6 +146,7 @@ class Router(nn.Module):
     depends_on: frozenset[str] = frozenset()
     # Names of the parameters and buffers that have one row for each choice.
     choice_tensors: frozenset[str] = frozenset()
+    holds_ids = False                        # whether a table or an argument of it names experts by their ids
     # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
     token_sums: Mapping[str, TokenSum] = {}
     # Their names, as far as a loss names them in NEEDS_SUMS. Read from source (config/rules/losses.py).

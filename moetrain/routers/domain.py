@@ -48,7 +48,7 @@ class DomainRouter(TopKRouter):
                  scale: float = 1.0) -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k, weights=weights, scale=scale)
         self.lists = experts or []
-        self.num_domains = len(self.lists) or None
+        self.num_domains, self.holds_ids = len(self.lists) or None, bool(self.lists)
         assert all(len(set(own)) >= top_k and set(own) <= set(range(num_experts)) for own in self.lists), (
             self.lists, top_k, num_experts)
         self.register_buffer("allowed", torch.empty(max(1, len(self.lists)), num_experts, dtype=torch.bool),

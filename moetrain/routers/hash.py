@@ -49,6 +49,7 @@ class HashRouter(Router):
 
     BOUNDS = {"seed": "0 or more"}
     START_ARGUMENTS = ("table", "seed", "counts_path")
+    holds_ids = True
     depends_on = frozenset({"token_ids_T"})
 
     def __init__(self, *, num_experts: int, top_k: int, vocab_size: int, layer: int = 0,

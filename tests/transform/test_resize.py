@@ -185,6 +185,13 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(how: dict, says: str) -> N
     assert says in str(caught.value) and not Path("runs/refused").exists()
 
 
+def test_a_router_that_knows_experts_by_their_ids_is_refused(place: Path) -> None:
+    train(place, "router=hash", "run.name=by_id", "run.steps=1")
+    with pytest.raises(ConfigError, match="HashRouter holds ids of experts"):
+        resized("refused", "by_id", add=1)
+    assert not Path("runs/refused").exists()
+
+
 def test_attention_experts_are_resized_by_the_name_of_their_bank(place: Path) -> None:
     train(place, "model.attention=experts", "model.num_attention_experts=4", "run.name=heads", "run.steps=1")
     banks = [f"layers.{layer}.attention" for layer in range(2)]
