@@ -23,7 +23,6 @@ from moetrain.launch.local import start_ranks
 from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank
 from moetrain.runs.files import JsonlSink
-from moetrain.runs.routing_record import RoutingLog
 
 if TYPE_CHECKING:
     from moetrain.train.evaluation.evaluate_run import Evaluated
@@ -75,6 +74,8 @@ def _keep(found: "Evaluated", record: dict[str, Any], config: Config) -> None:
     try:
         JsonlSink(path).write(record)
         if found.routing is not None:
+            from moetrain.runs.routing_record import RoutingLog
+
             path = run_dir(config) / "log" / "routing"
             RoutingLog(path).write(found.routing, None if found.typed is None else found.fingerprint)
     except DiskError as error:

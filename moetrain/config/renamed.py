@@ -13,10 +13,11 @@ keeps it in a yaml file of conf/, gets an error with what to type now.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from moetrain.config.build import NoSuchPart, arguments
+from moetrain.config.build import SIZES, NoSuchPart, arguments
 from moetrain.config.groups import default_options, option_file
 from moetrain.config.overrides import DELETE, typed
 from moetrain.config.values import schema_keys, show
@@ -113,11 +114,26 @@ LATER_PARTS = ("expert", "language_loss")
 def translate(values: dict[str, Any]) -> dict[str, Any]:
     """Copy a recorded tree with old names of keys replaced; one with both names keeps both, to be refused.
 
-    Parts that could not be chosen when it was written are added.
+    Parts that could not be chosen when it was written are added, and arguments of parts that there were not.
     """
     later = {section: load(option_file(section, default_options()[section]))
              for section in LATER_PARTS if section not in values}
-    return {**{section: _translated(section, node) for section, node in values.items()}, **later}
+    read = {section: _translated(section, node) for section, node in values.items()}
+    return {**{section: _completed(section, node) for section, node in read.items()}, **later}
+
+
+def _completed(path: str, node: Any) -> Any:
+    """Add the arguments of a part that its record lacks, with their defaults: what it did without them."""
+    if not isinstance(node, dict):
+        return node
+    if path == "loss":
+        return {name: _completed(f"loss.{name}", part) for name, part in node.items()}
+    try:
+        accepted = arguments(str(node.get("_target_")), path.partition(".")[0])
+    except (NoSuchPart, KeyError):
+        return node
+    return node | {name: key.default for name, key in accepted.items()
+                   if name not in node and name not in SIZES and key.default is not MISSING}
 
 
 def _translated(path: str, node: Any) -> Any:

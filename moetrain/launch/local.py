@@ -7,7 +7,6 @@
 Rank 0 keeps the terminal; the others write to <run.dir>/log/rank-N.log. This file imports no torch.
 """
 
-import json
 import os
 import re
 import signal
@@ -17,8 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from importlib import metadata
 from pathlib import Path
+from site import getsitepackages, getusersitepackages
 from typing import NamedTuple
 
 from moetrain import packages
@@ -126,25 +125,19 @@ def program_environment(program: Program = Program()) -> dict[str, str]:
 
     For moetrain PYTHONSAFEPATH is set, because `-m` puts the current folder first on the path: a random.py
     there would replace the standard library's. A user's own program finds its imports as this process did.
-    PYTHONPATH is kept, and names moetrain's own folder, and those of allowed packages (packages.py), where
-    only the current folder or that of a script had led to them. Another moetrain may be installed.
+    PYTHONPATH is kept, and names those folders of allowed packages (packages.py) to which only the current
+    folder or that of a script had led, and moetrain's own folder unless it is one of Python's: another
+    moetrain may be installed.
     """
     environment, roots = dict(os.environ), packages.roots_to_pass_on()
     if program.command == MOETRAIN:
         environment["PYTHONSAFEPATH"] = "1"
     root = Path(__file__).resolve().parents[2]
-    installed = metadata.Distribution.discover(name="moetrain", path=sys.path[1:])
-    if not any(_holds(found, root) for found in installed):
+    if root not in {Path(folder).resolve() for folder in (*getsitepackages(), getusersitepackages())}:
         roots.append(str(root))
     if roots:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *roots]))
     return environment
-
-
-def _holds(found: metadata.Distribution, root: Path) -> bool:
-    """Whether a distribution is the code below `root`: it lies there, or is editable and refers to it."""
-    source = json.loads(found.read_text("direct_url.json") or "{}").get("url")
-    return Path(str(found.locate_file(""))).resolve() == root or source == root.as_uri()
 
 
 def _environment(nproc: int, program: Program) -> dict[str, str]:

@@ -129,7 +129,7 @@ class SlicedAttention(SparseLayer):
         mixed_TEh = mixed_BESh.transpose(1, 2).reshape(B * S, E, -1)
         mixed_TKh = mixed_TEh.gather(1, ids_TK.clamp(min=0)[..., None].expand(-1, -1, mixed_TEh.shape[-1]))
         out_ND = self.experts(mixed_TKh.flatten(0, 1), ids_TK.reshape(-1, 1), weights_TK.reshape(-1, 1),
-                              routing.max_rows, part="to_outputs", read=False).wait()
+                              routing.max_rows, part="to_outputs").wait()
         out_TD = add_residual(out_ND.view(*ids_TK.shape, -1).sum(1), x_TD, routing)
         return MoEOutput(out_TD.view_as(x_BSD), stats, routing.carry)
 

@@ -27,6 +27,7 @@ OPTIONS = [(group, option) for group, options in group_options().items() for opt
 # What an option needs beside itself.
 COMPANIONS = {("data", "tokens"): ["data.path=shards"], ("data", "megatron"): ["data.path=prefix"],
               ("data", "memmap"): ["data.path=train.bin"],
+              ("loss", "l1_lb"): ["router=relu"], ("loss", "load"): ["router.noise=vmoe"],
               ("engine", "deepspeed"): ["parallel=ep", "run.nproc=2", "optim=adamw"],
               **{(group, option): ["parallel=fssdp"] for group,
                  option in OPTIONS if group in ("planner", "hardware")}}

@@ -55,7 +55,7 @@ def test_a_recorded_part_chooses_and_runs_nothing(section: str, part: dict, tmp_
     ({"optim": {"sharpness": 1}}, "optim.sharpness"), ({"telescope": {"x": 1}}, "telescope.x"),
     ({"run": {"dtype": "fp4"}}, "run.dtype"),
     ({"router": {"p": 0.4}}, "router.p"),
-    ({"router": {"_target_": "moetrain.routers.top_p.TopPRouter"}}, "router._target_")])
+    ({"router": {"_target_": "moetrain.routers.telepathic.TelepathicRouter"}}, "router._target_")])
 def test_another_release_is_named_with_the_key(change: dict, key: str, tmp_path: Path) -> None:
     values = as_tree(compose([]))
     for section, keys in change.items():

@@ -50,6 +50,7 @@ LEGAL = {  # refused in training, and legal here
     "batch": ([], ["parallel=ddp", "run.nproc=3"], "035"),
     "growing_k": (["router=fixed_random", "router.k_min=2"], ["model.top_k=1"], "260"),
     "domain_weights": (["data=text"], ["data.weights={code: -1}"], "170"),
+    "load_of_noise": (["router.noise=vmoe", "loss=[load]"], ["router.noise=none"], "250"),
     "denoising": (["denoising=openmoe"], ["data.mask_documents=true"], "286"),
 }
 ILLEGAL = {  # refused in both
@@ -61,6 +62,10 @@ ILLEGAL = {  # refused in both
     "groups": ([], ["router.num_groups=3"], "063"),
     "choice_capacity": (["router=expert_choice", "eval.allow_noncausal=true"], ["router.capacity=9"], "259"),
     "domain_lists": (["router=domain"], ["router.experts=[[0,9]]"], "261"),
+    "experts_of_a_token": (["router=top_p"], ["router.k_max=9"], "254"),
+    "fixed_top_k": (["router=sparsemixer"], ["model.top_k=3"], "252"),
+    "second_by_gates": ([], ["router.second_expert=random", "router.noise=gumbel"], "251"),
+    "quantiles_of_groups": ([], ["router.balance=quantile", "router.num_groups=2"], "267"),
     "mode": ([], ["parallel=single", "run.nproc=2"], "031"),
     "sharded": ([], ["parallel=fsdp", "run.nproc=4", "parallel.shard=3"], "061"),
     "expert_parallel": ([], ["parallel=ep", "parallel.ep=4", "run.nproc=2"], "033"),
@@ -70,7 +75,8 @@ ILLEGAL = {  # refused in both
 }
 # Rules of which every key is fixed (the run would not have been trained), or is given by other words.
 BY_THE_RUN = {"run_name", "heads", "layer_pattern", "dense_width", "divisions", "betas", "loss_names",
-              "pools", "sliced_quantized", "vocabulary"}
+              "pools", "sliced_quantized", "vocabulary", "attention_experts", "mapped_logits",
+              "equal_groups", "needed_sums"}
 
 
 @pytest.mark.parametrize("name", [*LEGAL, *ILLEGAL])
