@@ -51,7 +51,7 @@ FAMILIES = {
 }
 # Given to the constructors that take them, never written in a part's yaml: the key that sets each of them.
 SIZES = {"dim": "model.dim", "num_experts": "model.num_experts", "top_k": "model.top_k",
-         "num_layers": "model.num_layers", "total_steps": "run.steps", "layer": None,
+         "num_layers": "model.num_layers", "total_steps": "run.steps", "layer": None, "name": None,
          "expert_dim": "model.expert_dim", "vocab_size": "model.vocab_size"}
 
 _PACKAGE = Path(moetrain.__file__).parent

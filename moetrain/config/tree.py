@@ -326,7 +326,7 @@ class _Finisher:
         if name in accepted and name in SIZES:
             whole = SIZES[name]
             self._add(
-                10, f"{key} is set by {whole or 'the model: it is the number of the layer'}",
+                10, f"{key} is set by {whole or 'the model: it is that of the layer'}",
                 doubt=[key],
                 where=self.origins.of(key),
                 why="a size that several parts share is written once",

@@ -81,15 +81,21 @@ class LoadBalanceLoss(AuxLoss):
         dtype = stats.prob_sum_E.dtype
         if self.scope == "sequence":
             slope_SE = balance_slope(stats.counts_SE, pooled.tokens, dtype)
-            return {"prob_sum_SE": self._factor(stats, 2) * slope_SE}
+            return {"prob_sum_SE": self._factor(stats, pooled, 2) * slope_SE}
         counts_E = stats.counts_E if self.scope == "micro" else pooled.counts_E
-        return {"prob_sum_E": self._factor(stats, 1) * balance_slope(counts_E, pooled.tokens, dtype)}
+        return {"prob_sum_E": self._factor(stats, pooled, 1) * balance_slope(counts_E, pooled.tokens, dtype)}
 
-    def _factor(self, stats: RoutingStats, trailing: int) -> Tensor | float:
-        """Factor of this normalization over ours, with as many trailing dims as the sums have behind R."""
+    def _factor(self, stats: RoutingStats, pooled: Pooled, trailing: int) -> Tensor | float:
+        """Factor of this normalization over ours, with as many trailing dims as the sums have behind R.
+
+        It is the mean number of slots of a token, of the whole step where that is known (mode exact).
+        """
         if self.normalization != "huggingface":
             return 1.0
-        return (stats.active_sum / stats.tokens.clamp(min=1))[(..., *(None,) * trailing)]
+        slots, tokens = stats.active_sum, stats.tokens
+        if self.pool == PoolRule("global", "exact"):
+            slots, tokens = pooled.counts_E.sum(-1), pooled.tokens
+        return (slots / tokens.clamp(min=1))[(..., *(None,) * trailing)]
 
 
 def balance_slope(counts_E: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,8 @@ class LayerParts(NamedTuple):
         config: the config of the run.
         layer: number of the layer.
         name: name of its bank, and of its router where it has one.
-        make_router: makes a router of the layer, with parameters of its own at every call.
+        make_router: makes a router of the layer, with parameters of its own at every call; `name` is that of
+            the bank unless it is given.
         experts: its routed experts.
         capacity: what drops choices beyond a limit.
     """
@@ -43,7 +44,7 @@ class LayerParts(NamedTuple):
     config: Config
     layer: int
     name: str
-    make_router: Callable[[], Router]
+    make_router: Callable[..., Router]
     experts: RoutedExperts
     capacity: CapacityPolicy
 
@@ -66,7 +67,8 @@ def _residual(parts: LayerParts) -> SparseLayer:
 
 def _chain(parts: LayerParts) -> SparseLayer:
     sizes = parts.config.model
-    routers = [parts.make_router() for _ in range(1 if sizes.chain_share_router else sizes.chain_rounds)]
+    routers = [parts.make_router(name=f"{parts.name}.{number}")
+               for number in range(1 if sizes.chain_share_router else sizes.chain_rounds)]
     return ChainLayer(name=parts.name, routers=(routers * sizes.chain_rounds)[:sizes.chain_rounds],
                       experts=parts.experts, wrappers=_shared(parts), capacity=parts.capacity,
                       residual=sizes.chain_residual)

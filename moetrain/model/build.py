@@ -269,7 +269,7 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
                  recompute=recomputed(config.train.activation_checkpointing))
 
 
-def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int]:
+def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int | str]:
     """Sizes that a router's constructor may take (SIZES in config/build.py).
 
     Args:
@@ -279,7 +279,8 @@ def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int]:
     """
     sizes = config.model
     return {"dim": sizes.dim, "num_experts": per_layer(sizes.num_experts, layer),
-            "top_k": per_layer(sizes.top_k, layer), "layer": layer, "num_layers": sizes.num_layers,
+            "top_k": per_layer(sizes.top_k, layer), "layer": layer,
+            "name": router_name(layer), "num_layers": sizes.num_layers,
             "total_steps": config.run.steps, "vocab_size": vocab_size}
 
 
@@ -303,7 +304,8 @@ def _layer_parts(config: Config, vocab_size: int, layer: int, placement: ExpertP
     dispatcher = TokenDispatcher(
         homes, exchange_of(name), mesh.device, exact=config.parallel.exact_combine,
         on_device=form.takes_counts_on_device(mesh.device, compute_dtype(config, mesh.device)))
-    router = router_sizes(config, layer, vocab_size) | {"num_experts": homes.num_experts, "top_k": top_k}
+    router = router_sizes(config, layer, vocab_size) | {
+        "name": name, "num_experts": homes.num_experts, "top_k": top_k}
     return LayerParts(
         config=config,
         layer=layer,

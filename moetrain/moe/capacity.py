@@ -139,8 +139,9 @@ class LimitedCapacity(CapacityPolicy):
             bool [T, K]; False where a slot is unused.
         """
         tokens, slots = ids_TK.shape
-        scope_T = (sequence_of(context, tokens, ids_TK.device) if self.scope == "sequence"
-                   else ids_TK.new_zeros(tokens))
+        # A micro-batch that runs several times counts each time by itself.
+        each_T = torch.arange(context.draws, device=ids_TK.device).repeat_interleave(tokens // context.draws)
+        scope_T = sequence_of(context, tokens, ids_TK.device) if self.scope == "sequence" else each_T
         capacity_T = self._capacity((ids_TK >= 0).sum(1), scope_T, context.training)
         order_N = self.priority(weights_TK, context)
         token_N, id_N = order_N // slots, ids_TK.flatten()[order_N]

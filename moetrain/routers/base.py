@@ -139,17 +139,16 @@ class Router(nn.Module):
     """
 
     causal = True        # whether a decision depends on its token and earlier ones of the sequence alone
-    # Properties of the split of a batch that change its decisions, for the banner: "ranks, accumulation".
-    depends_on_split = ""
+    depends_on_split = ""    # what of the split of a batch changes decisions, for the banner: "accumulation"
     num_domains: int | None = None           # that the data must have; None: any
     # Tensors of RouterContext that it reads, beside `valid_T`; those that key its random numbers, too.
     depends_on: frozenset[str] = frozenset()
     # Names of the parameters and buffers that have one row for each choice.
     choice_tensors: frozenset[str] = frozenset()
     holds_ids = False                        # whether a table or an argument of it names experts by their ids
-    # Further sums over tokens that the router brings, by name: those of all routers of a model, alike.
+    # Further sums over tokens, by name: those of all routers of a model, alike.
     token_sums: Mapping[str, TokenSum] = {}
-    # Their names, as far as a loss names them in NEEDS_SUMS. Read from source (config/rules/losses.py).
+    # Names of those that a loss asks for in NEEDS_SUMS. Read from source (config/rules/losses.py).
     BRINGS_SUMS: list[str] = []
     # Whether the gradient of its gate weights in training is an estimate, and not their derivative.
     estimates_gradient = False
@@ -298,6 +297,7 @@ class Router(nn.Module):
             if order_TC is None:
                 raise ValueError(f"{context.router}: {type(self).__name__} has no scores to edit")
             order_TC = edits.scores.apply(order_TC.detach())
+            scores = scores._replace(order_TC=order_TC)
         ids_TK = self.choose(order_TC, context)
         if edits.ids is not None:
             ids_TK = used_first(edits.ids.apply(ids_TK))

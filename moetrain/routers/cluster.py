@@ -39,7 +39,7 @@ class ClusterRouter(Router):
         dim: D.
         num_experts: E.
         top_k: K, number of slots of a token.
-        layer: number of the block.
+        name: name of the router.
         centroids_path: file of centroids; null: random points.
         prefer: nearest or farthest centroids.
     """
@@ -48,22 +48,22 @@ class ClusterRouter(Router):
     CONSTANT_WEIGHTS = False                 # nothing of it is trained
     choice_tensors = frozenset({"centroids"})
 
-    def __init__(self, *, dim: int, num_experts: int, top_k: int, layer: int,
+    def __init__(self, *, dim: int, num_experts: int, top_k: int, name: str,
                  centroids_path: str | None = None,
                  prefer: Literal["nearest", "farthest"] = "nearest") -> None:
         super().__init__(num_experts=num_experts, top_k=top_k)
         assert prefer in ("nearest", "farthest"), prefer
         self.sign = -1 if prefer == "nearest" else 1
-        self.layer, self.centroids_path = layer, centroids_path
+        self.name, self.centroids_path = name, centroids_path
         self.register_buffer("centroids", torch.empty(num_experts, dim))
         if centroids_path is not None:
-            read_centroids(centroids_path, layer, (num_experts, dim))        # an error before anything starts
+            read_centroids(centroids_path, name, (num_experts, dim))        # an error before anything starts
 
     def starts(self) -> dict[str, Start]:
         path, shape = self.centroids_path, tuple(self.centroids.shape)
         if path is None:
             return {"centroids": normal(1.0)}
-        return {"centroids": values(lambda _: torch.from_numpy(read_centroids(path, self.layer, shape)))}
+        return {"centroids": values(lambda _: torch.from_numpy(read_centroids(path, self.name, shape)))}
 
     def scores(self, x_TD: Tensor, context: RouterContext) -> Scores:
         """Score experts by distance."""
@@ -88,21 +88,21 @@ class ClusterRouter(Router):
         return scores.order_TC.softmax(-1)
 
 
-def read_centroids(path: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Read the centroids of a layer from a file.
+def read_centroids(path: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read the centroids of a router from a file.
 
     Args:
         path: the file.
-        layer: number of the block.
+        name: name of the router.
         shape: E and D.
 
     Returns:
         float array [E, D].
 
     Raises:
-        ConfigError: the file cannot be read, has no such layer, or other sizes.
+        ConfigError: the file cannot be read, has no such router, or other sizes.
     """
-    name, place = f"layers.{layer}.moe", Path(path).expanduser()
+    place = Path(path).expanduser()
     make = f"python -m tools.centroids <run> {path}, from a run of this width"
     try:
         with np.load(place, allow_pickle=False) as file:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.ops.start import Start, values
-from moetrain.routers.base import LinearRouter, RouterContext, Routing, Scores
+from moetrain.routers.base import LinearRouter, RouterContext, Routing, Scores, edits_of
+from moetrain.routers.edits import RoutingEdits
 
 
 class FixedRandomRouter(LinearRouter):
@@ -102,4 +103,6 @@ class FixedRandomRouter(LinearRouter):
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """Choose experts for the tokens [T, D]; no more rows than the step has slots."""
-        return super().route(x_TD, context)._replace(max_rows=len(x_TD) * self.experts_at(context.step))
+        routing = super().route(x_TD, context)
+        edited = edits_of(context) != RoutingEdits()         # which may use more slots
+        return routing if edited else routing._replace(max_rows=len(x_TD) * self.experts_at(context.step))

@@ -5,7 +5,7 @@
     balanced    ids from the most to the least frequent, each to the K experts with the fewest tokens so far
 
 Every expert of a token has the weight 1 / K. There is no parameter: the router is the control of learned
-ones. a_j and b_j are drawn from `seed` and the number of the layer, so layers hash differently.
+ones. a_j and b_j are drawn from `seed` and the name of the router, so layers hash differently.
 
 Roller et al. 2021, 2106.04426. With K = 1, `modulo` is ((a t + b) mod p) mod E. The paper has one expert a
 token, and splits the expert in two for several hashes (MultiHash); here K hashes choose K whole experts. Its
@@ -40,7 +40,7 @@ class HashRouter(Router):
         num_experts: E.
         top_k: K, number of slots of a token.
         vocab_size: V.
-        layer: number of the layer.
+        name: name of the router.
         table: rule of the table: modulo or balanced.
         seed: seed of the hash functions.
         counts_path: of an .npy file with the number of occurrences of each id [V], for `balanced`; None
@@ -52,12 +52,12 @@ class HashRouter(Router):
     holds_ids = True
     depends_on = frozenset({"token_ids_T"})
 
-    def __init__(self, *, num_experts: int, top_k: int, vocab_size: int, layer: int = 0,
+    def __init__(self, *, num_experts: int, top_k: int, vocab_size: int, name: str,
                  table: Literal["modulo", "balanced"] = "modulo", seed: int = 0,
                  counts_path: str | None = None) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k)
         assert table in ("modulo", "balanced") and 0 < vocab_size < PRIME, (table, vocab_size)
-        self.rule, self.seed, self.layer, self.counts_path = table, seed, layer, counts_path
+        self.rule, self.seed, self.name, self.counts_path = table, seed, name, counts_path
         self.register_buffer("table", torch.empty(vocab_size, top_k, dtype=torch.int32))
 
     def starts(self) -> dict[str, Start]:
@@ -67,7 +67,7 @@ class HashRouter(Router):
         """Make the table int32 [V, K], on the host."""
         vocab_size = len(self.table)
         generator = random.Random(int.from_bytes(
-            hashlib.blake2b(f"{self.seed}/{self.layer}".encode(), digest_size=8).digest(), "little"))
+            hashlib.blake2b(f"{self.seed}/{self.name}".encode(), digest_size=8).digest(), "little"))
         if self.rule == "modulo":
             made = modulo_table(vocab_size, self.num_experts, self.top_k, generator)
         else:

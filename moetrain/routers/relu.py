@@ -9,7 +9,8 @@ every step, until tokens take k experts in the mean:
     lambda <- lambda * alpha^sign((1 - k/E) - S)      S: share of the gates that are 0, mean over layers
 
 Wang et al. 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing", arXiv 2412.14711, with
-lambda_0 = 1e-8 and alpha = 1.2 in all of its runs, and no other balance loss (`balance=none`).
+lambda_0 = 1e-8 and alpha = 1.2 in all of its runs, and no other balance loss (`balance=none`). lambda stays
+between 1e-30 and 1e30.
 
 S is that of the whole step, over ranks and accumulation, so lambda has the same bits on every mesh; the
 released code takes the mean over micro-batches, which is the same where these are equally large. Losses of
@@ -30,6 +31,9 @@ from torch import Tensor
 from moetrain.ops.router_sums import Decided, importance
 from moetrain.ops.start import Start, constant
 from moetrain.routers.base import LinearRouter, RouterContext, Scores
+
+# Of the coefficient: float32 could not leave 0 and infinity again.
+_RANGE = 1e-30, 1e30
 
 
 class ReluRouter(LinearRouter):
@@ -91,3 +95,4 @@ class ReluRouter(LinearRouter):
         error = torch.stack(errors).mean()                   # tokens times ((1 - k/E) - S)
         for router in dict.fromkeys(routers):
             router.coefficient *= router.alpha ** error.sign().to(router.coefficient.dtype)
+            router.coefficient.clamp_(*_RANGE)

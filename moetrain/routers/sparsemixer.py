@@ -68,8 +68,10 @@ class SparseMixerRouter(LinearRouter):
 
     def weigh(self, scores: Scores, ids_TK: Tensor, context: RouterContext) -> Tensor:
         """Compute the softmax of the experts in reach at each id, scaled with the gradient left as it is."""
-        assert scores.logits_TC is not None
-        left_TC, weights = scores.logits_TC, []
+        assert scores.logits_TC is not None and scores.order_TC is not None
+        # What an edit has taken out is out of reach here, too.
+        left_TC = scores.logits_TC.masked_fill(scores.order_TC.detach() == float("-inf"), float("-inf"))
+        weights = []
         drawn_TK = uniform(context, len(ROUNDS), use="midpoint") if context.training else None
         for slot, ids_T1 in enumerate(ids_TK.split(1, dim=1)):
             gates_TC = self._in_reach(left_TC, scores.logits_TC).softmax(-1)

@@ -290,10 +290,11 @@ class _Resized:
     def _refuse_undeclared(self, old: Transformer) -> None:
         """Raise ConfigError where a tensor has another shape now, and no router declares its rows."""
         for name, router in old.routers.items():
-            if router.holds_ids:
+            if router.holds_ids or getattr(router, "num_groups", 1) > 1:
                 raise ConfigError(
-                    278, f"{name} cannot be resized: {type(router).__name__} holds ids of experts",
-                    where="router._target_", why="experts get other ids where some go or come",
+                    278, f"{name} cannot be resized: {type(router).__name__} knows experts by their ids",
+                    where="router._target_",
+                    why="they get other ids, and other groups, where some go or come",
                     next="a run of another router")
         before = {shard.name: tuple(shard.shape) for shard in weights(old)}
         for name, shard in self._each():

@@ -154,3 +154,17 @@ def test_conventions_of_others_differ_by_their_factor():
         for scope in ("global", "micro"):
             loss = LoadBalanceLoss(scope=scope, normalization=name)
             torch.testing.assert_close(loss.value(stats, pool(stats)), truth)
+
+
+def test_slots_of_a_token_that_differ_are_counted_over_the_whole_step():
+    """normalization=huggingface is the mean number of slots times ours: of the step, not of a micro-batch."""
+    probs_TE = torch.rand(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    ids_TK = top_k(probs_TE, 3)[1]
+    ids_TK[:5, 1:] = -1                                      # the first tokens take one expert, the others 3
+    loss = LoadBalanceLoss(scope="global", normalization="huggingface")
+    whole, *parts = (router_sums(probs_TE[part], probs_TE[part].log(), ids_TK[part], None)
+                     for part in (slice(10), slice(5), slice(5, 10)))
+    pooled = pool(*parts)
+    total = sum(loss.value(part, pooled) for part in parts)
+    assert total.item() == pytest.approx(loss.value(whole, pooled).item())
+    assert total.item() == pytest.approx(2 * GLOBAL.value(whole, pooled).item())

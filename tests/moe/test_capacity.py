@@ -175,6 +175,16 @@ def test_random_places_are_fair_and_another_step_draws_others():
     assert (taken_T / 2000 - 0.25).abs().max() < 4 * (0.25 * 0.75 / 2000) ** 0.5
 
 
+def test_a_micro_batch_that_runs_twice_counts_each_time_by_itself():
+    """As with two passes of one batch that draw for themselves (RouterContext.draws)."""
+    routing, context = routed(2 * S)
+    twice = routing._replace(ids_TK=routing.ids_TK.repeat(2, 1), weights_TK=routing.weights_TK.repeat(2, 1))
+    made = POLICIES["position"](factor=0.5, min_capacity=0, scope="local")
+    once = made.apply(routing, context).ids_TK
+    again = context._replace(positions_T=context.positions_T.repeat(2), draws=2)
+    assert (once != routing.ids_TK).any() and made.apply(twice, again).ids_TK.equal(once.repeat(2, 1))
+
+
 def later_token_matters(policy: CapacityPolicy, slots: slice) -> bool:
     """Whether what later tokens choose can change which of an earlier token's slots survive."""
     for seed in range(20):

@@ -14,7 +14,8 @@ T, D, E, K = 40, 5, 6, 2
 
 def build(path, **arguments) -> ClusterRouter:
     with torch.device("meta"):
-        router = ClusterRouter(dim=D, num_experts=E, top_k=K, layer=1, centroids_path=path, **arguments)
+        router = ClusterRouter(dim=D, num_experts=E, top_k=K, name="layers.1.moe", centroids_path=path,
+                               **arguments)
     materialize(router, seed=0, std=0.1, num_layers=2)
     return router
 

@@ -26,7 +26,7 @@ class Numbers:
 
 
 def router_of(k: int = 1, **given) -> HashRouter:
-    router = HashRouter(num_experts=E, top_k=k, vocab_size=V, **given)
+    router = HashRouter(num_experts=E, top_k=k, vocab_size=V, **{"name": "layers.0.moe", **given})
     materialize(router, seed=3, std=1.0, num_layers=1)
     return router
 
@@ -46,7 +46,7 @@ def test_further_experts_are_chosen_from_those_left():
 
 
 def test_the_id_alone_decides_and_experts_have_equal_weights():
-    router, ids_T = router_of(2, layer=1), torch.tensor([5, 299, 5])
+    router, ids_T = router_of(2, name="layers.1.moe"), torch.tensor([5, 299, 5])
     first, second = (router.route(x_TD, RouterContext(token_ids_T=ids_T))
                      for x_TD in (torch.zeros(3, 4), torch.randn(3, 4)))
     assert first.ids_TK.equal(second.ids_TK) and first.ids_TK[0].equal(first.ids_TK[2])
@@ -54,10 +54,11 @@ def test_the_id_alone_decides_and_experts_have_equal_weights():
     assert router_of().route(torch.zeros(3, 4), RouterContext(token_ids_T=ids_T)).weights_TK.eq(1).all()
 
 
-def test_layers_and_seeds_hash_differently_and_run_seeds_alike():
-    tables = [router_of(layer=layer, seed=seed).table for layer, seed in ((0, 0), (1, 0), (0, 1))]
+def test_routers_and_seeds_hash_differently_and_run_seeds_alike():
+    tables = [router_of(name=name, seed=seed).table for name, seed in (
+        ("layers.0.moe", 0), ("layers.0.moe.1", 0), ("layers.0.moe", 1))]
     assert all((a == b).float().mean() < 0.5 for a, b in zip(tables, tables[1:]))
-    other = HashRouter(num_experts=E, top_k=1, vocab_size=V)
+    other = HashRouter(num_experts=E, top_k=1, vocab_size=V, name="layers.0.moe")
     materialize(other, seed=4, std=1.0, num_layers=1)
     assert other.table.equal(tables[0])
     shares_E = torch.bincount(tables[0][:, 0].long(), minlength=E) / V

@@ -115,3 +115,15 @@ def test_what_cannot_work_is_refused(overrides, code, advice):
         compose(["model.num_experts=8", *overrides])
     (error,) = caught.value.errors
     assert error.id == code and advice in error.next
+
+
+def test_the_coefficient_can_always_return():
+    """After a thousand steps below the target, or above it, float32 would hold 0 or infinity for ever."""
+    for chosen in (0, E):
+        router = router_of().float()
+        for _ in range(1000):
+            ReluRouter.end_of_step_together([router], [torch.full((E,), chosen * 10)], 10)
+        held = router.coefficient.item()
+        assert held in (pytest.approx(1e-30), pytest.approx(1e30))
+        ReluRouter.end_of_step_together([router], [torch.full((E,), (E - chosen) * 10)], 10)
+        assert router.coefficient.item() != held

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moetrain.ops.keyed_random import gumbel, uniform
 from moetrain.routers.base import Routing
+from moetrain.routers.edits import Edit, RoutingEdits
 from moetrain.routers.sparsemixer import SparseMixerRouter
 from tests.support.any_router import context
 
@@ -101,3 +102,18 @@ def test_equal_logits_are_all_in_reach():
     routing, _ = routed(torch.zeros(4, 5, dtype=torch.float64), training=False)
     assert routing.ids_TK.tolist() == [[0, 1]] * 4
     torch.testing.assert_close(routing.weights_TK[0], torch.tensor([1 / 5, 1 / 4], dtype=torch.float64))
+
+
+def test_the_successor_of_a_masked_expert_has_its_weight():
+    z_TE = normal_logits(50, 6)
+    z_TE[:, 0] = 9.0                                         # the best by far
+    router = SparseMixerRouter(dim=6, num_experts=6, top_k=2, eps=EPS).double()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(6))
+    edit = RoutingEdits(scores=Edit(lambda order_TC: order_TC.index_fill(1, torch.tensor(0), -torch.inf)))
+    told = context(50, training=False)._replace(router="a", edits={"a": edit})
+    masked = router.route(z_TE, told)
+    z_TE[:, 0] = -9.0
+    without = router.route(z_TE, told._replace(edits=None))
+    assert (masked.ids_TK > 0).all() and masked.ids_TK.equal(without.ids_TK)
+    torch.testing.assert_close(masked.weights_TK, without.weights_TK)

@@ -103,7 +103,7 @@ def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -
                       *NEEDS.get(option, []), *SMALL.get(option, []), *overrides])
     with torch.device("meta"):
         router = build(config.router, "router", dim=D, num_experts=experts, top_k=config.model.top_k, layer=0,
-                       num_layers=2, total_steps=100, vocab_size=48)
+                       name="layers.0.moe", num_layers=2, total_steps=100, vocab_size=48)
         router.stand_alone()
     materialize(router, seed=3, std=0.5, num_layers=2)
     generator = torch.Generator().manual_seed(3)

@@ -36,7 +36,8 @@ def test_a_run_that_has_lost_its_file_gives_the_centroids_of_the_next_one(tmp_pa
     Path("first.npz").unlink()
     main(["first", "second.npz", "--tokens", "300", "--experts", "3", "eval.windows=4"])
     with torch.device("meta"):
-        router = ClusterRouter(dim=32, num_experts=3, top_k=1, layer=0, centroids_path="second.npz")
+        router = ClusterRouter(dim=32, num_experts=3, top_k=1, name="layers.0.moe",
+                               centroids_path="second.npz")
     materialize(router, seed=0, std=0.1, num_layers=1)
     x_TD = torch.randn(50, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     nearest_T = torch.cdist(x_TD, router.centroids).argmin(1)

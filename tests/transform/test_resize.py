@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(how: dict, says: str) -> N
 
 def test_a_router_that_knows_experts_by_their_ids_is_refused(place: Path) -> None:
     train(place, "router=hash", "run.name=by_id", "run.steps=1")
-    with pytest.raises(ConfigError, match="HashRouter holds ids of experts"):
+    with pytest.raises(ConfigError, match="HashRouter knows experts by their ids"):
         resized("refused", "by_id", add=1)
     assert not Path("runs/refused").exists()
 

@@ -241,7 +241,8 @@ def experts_of_a_token(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 def mapped_logits(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse a map of the logits of the layer before between layers with different numbers of experts."""
-    numbers = sorted({num_experts for _, num_experts, _ in moe_layers(config)})
+    of_attention = set() if config.model.attention == "plain" else {num_attention_experts(config.model)}
+    numbers = sorted(of_attention | {num_experts for _, num_experts, _ in moe_layers(config)})
     if config.router.get("map_logits") and len(numbers) > 1:
         yield ConfigError(
             256, f"router.map_logits=true, and layers have {numbers[0]} and {numbers[-1]} experts",

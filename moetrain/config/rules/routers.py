@@ -65,17 +65,24 @@ def load_of_noise(config: Config, ranks: int) -> Iterator[ConfigError]:
              if part.get("_target_") == "moetrain.losses.load.LoadLoss" and part.get("weight")]
     if not loads or not str(router.get("_target_", "")).startswith(_OWN):
         return
-    noisy, limited = router.get("noise") in ("normal", "vmoe"), (
-        router.get("topk_groups", 1) < router.get("num_groups", 1))
-    if not noisy or limited:
-        yield ConfigError(
-            250, f"the loss {loads[0]} of a router " + ("that chooses inside groups" if noisy else
-                                                        "without normal noise"),
-            where=f"loss.{loads[0]}, " + ("router.num_groups" if noisy else "router.noise"),
-            why="it counts how likely noise is to choose each expert again, " + (
-                "which depends on whole groups, too" if noisy else "and has no gradient without noise"),
-            next=("router.num_groups=1" if noisy else "router=topk router.noise=vmoe") +
-                 ", or loss=[importance]")
+    broken = {                               # what it is, the key, why, and what to type
+        "without normal noise": (router.get("noise") not in ("normal", "vmoe"), "router.noise",
+                                 "and has no gradient without noise", "router=topk router.noise=vmoe"),
+        "that chooses inside groups": (router.get("topk_groups", 1) < router.get("num_groups", 1),
+                                       "router.num_groups", "which depends on whole groups, too",
+                                       "router.num_groups=1"),
+        "with selection biases": (router.get("balance") == "quantile", "router.balance",
+                                  "which biases change", "router.balance=none"),
+        "that chooses all experts": (any(top_k == experts for _, experts, top_k in moe_layers(config)),
+                                     "model.top_k", "which is certain", "a smaller model.top_k"),
+    }
+    for what, (is_so, key, why, advice) in broken.items():
+        if is_so:
+            yield ConfigError(
+                250, f"the loss {loads[0]} of a router {what}", where=f"loss.{loads[0]}, {key}",
+                why=f"it counts how likely noise is to choose each expert again, {why}",
+                next=f"{advice}, or loss=[importance]")
+            return
 
 
 def choice_capacity(config: Config, ranks: int) -> Iterator[ConfigError]:
