@@ -292,7 +292,7 @@ class _Resized:
         for name, router in old.routers.items():
             if router.holds_ids or getattr(router, "num_groups", 1) > 1:
                 raise ConfigError(
-                    278, f"{name} cannot be resized: {type(router).__name__} knows experts by their ids",
+                    287, f"{name} cannot be resized: {type(router).__name__} knows experts by their ids",
                     where="router._target_",
                     why="they get other ids, and other groups, where some go or come",
                     next="a run of another router")
