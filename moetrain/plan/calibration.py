@@ -29,7 +29,7 @@ from moetrain.plan.splitting.rules import rule_of
 
 
 def calibrate(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
-              room: int) -> LayerPlan | None:
+              max_copies: int) -> LayerPlan | None:
     """Add copies to a plan if that pays.
 
     Args:
@@ -38,12 +38,12 @@ def calibrate(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topolog
         planner: the planner that made it.
         topology: positions and nodes.
         costs: what a row, an expert and a link cost.
-        room: copies that a position has memory for, including those of the plan.
+        max_copies: copies that a position has memory for, including those of the plan.
 
     Returns:
         The plan with more copies, or None where more would not pay.
     """
-    extended = add_missing_copies(n_PE, plan, planner, topology, costs, room)
+    extended = add_missing_copies(n_PE, plan, planner, topology, costs, max_copies)
     if extended is None:
         return None
     gain_s = (_rows_seconds(n_PE, plan, planner, topology, costs)
@@ -52,7 +52,7 @@ def calibrate(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topolog
 
 
 def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology: Topology, costs: Costs,
-                       room: int) -> LayerPlan | None:
+                       max_copies: int) -> LayerPlan | None:
     """Add all missing copies that memory has room for, whether or not they pay. Arguments as in `calibrate`.
 
     Returns:
@@ -60,9 +60,9 @@ def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology
     """
     by_node_NE = n_PE.new_zeros(topology.nodes, n_PE.shape[1])
     by_node_NE.index_add_(0, torch.arange(topology.positions) // topology.per_node, n_PE)
-    wanted = planner.plan(by_node_NE.numpy(), plan.placement.without_copies(), topology, costs, room)
+    wanted = planner.plan(by_node_NE.numpy(), plan.placement.without_copies(), topology, costs, max_copies)
     missing = wanted.placement.beyond(plan.placement).copies
-    added = _hottest_that_fit(missing, plan.placement, n_PE.sum(0).numpy(), room)
+    added = _hottest_that_fit(missing, plan.placement, n_PE.sum(0).numpy(), max_copies)
     if not added:
         return None
     placement = replace(plan.placement, copies=(*plan.placement.copies, *added))
@@ -70,9 +70,9 @@ def add_missing_copies(n_PE: Tensor, plan: LayerPlan, planner: Planner, topology
 
 
 def _hottest_that_fit(missing: tuple[tuple[int, int], ...], placement: LayerPlacement, loads_E: np.ndarray,
-                      room: int) -> list[tuple[int, int]]:
+                      max_copies: int) -> list[tuple[int, int]]:
     """Of the missing copies those that positions have room for, the hottest experts first."""
-    copies_left = [room - len(placement.copies_at(position)) for position in range(placement.positions)]
+    copies_left = [max_copies - len(placement.copies_at(position)) for position in range(placement.positions)]
     added = []
     for expert, position in sorted(missing, key=lambda copy: (-int(loads_E[copy[0]]), copy)):
         if copies_left[position] > 0:

@@ -1,10 +1,10 @@
 """Transfers of expert copies: which expert goes from where to where, and the bytes that this sends.
 
-A *leg* is one exchange between all positions. A transfer in it is one expert's matrices from one position to
-another.
+A *stage* is one exchange between all positions. A transfer in it is one expert's matrices from one position
+to another.
 
-    packed      one leg: from the home to every copy
-    two_level   two legs: from the home to the copies on its node, and to one copy on each other node, the
+    packed      one stage: from the home to every copy
+    two_level   two stages: from the home to the copies on its node, and to one copy on each other node, the
                 leader; then from leaders to the other copies on their node. What crosses between nodes
                 crosses once for each node
 
@@ -14,9 +14,9 @@ copy that it does not compute.
 Sliced experts travel apart from these in either form: every slice goes straight to all positions that compute
 the expert (comm/sparse/sliced.py).
 
-Gradients take the same legs in the other direction, the last leg first: a position sends as many bytes of
+Gradients take the same stages in the other direction, the last stage first: a position sends as many bytes of
 gradients as it receives of matrices. All functions here are pure functions of a placement. So all positions
-derive the same legs; comm/sparse/ carries them out.
+derive the same stages; comm/sparse/ carries them out.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ class Transfer(NamedTuple):
     to: int
 
 
-Leg = tuple[Transfer, ...]
+Stage = tuple[Transfer, ...]
 
 
 class Traffic(NamedTuple):
@@ -50,13 +50,13 @@ class Traffic(NamedTuple):
     between: tuple[int, ...]
 
 
-def packed(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
-    """One leg: every copy straight from its home."""
+def packed(placement: LayerPlacement, topology: Topology) -> tuple[Stage, ...]:
+    """One stage: every copy straight from its home."""
     return (tuple(Transfer(expert, placement.home[expert], to) for expert, to in placement.whole_copies),)
 
 
-def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
-    """Two legs: to leaders, and from them. The second is empty where no leader has a copy to pass on to."""
+def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Stage, ...]:
+    """Two stages: to leaders, and from them. The second is empty where no leader has a copy to pass on to."""
     groups: dict[tuple[int, int], list[int]] = {}       # (expert, node) -> positions of its copies, ascending
     for expert, to in placement.whole_copies:
         groups.setdefault((expert, topology.node_of(to)), []).append(to)
@@ -72,12 +72,12 @@ def two_level(placement: LayerPlacement, topology: Topology) -> tuple[Leg, ...]:
     return tuple(first), tuple(second)
 
 
-Form = Callable[[LayerPlacement, Topology], tuple[Leg, ...]]
-LEGS: dict[str, Form] = {"packed": packed, "two_level": two_level}
+Form = Callable[[LayerPlacement, Topology], tuple[Stage, ...]]
+STAGES: dict[str, Form] = {"packed": packed, "two_level": two_level}
 
 
-def slice_transfers(placement: LayerPlacement) -> Leg:
-    """One leg: the slice of every position to all positions that compute a sliced expert."""
+def slice_transfers(placement: LayerPlacement) -> Stage:
+    """One stage: the slice of every position to all positions that compute a sliced expert."""
     return tuple(Transfer(expert, source, to)
                  for to in range(placement.positions) for expert in placement.assembled_at(to)
                  for source in range(placement.positions) if source != to)
@@ -94,7 +94,7 @@ def gather_bytes(form: str, placement: LayerPlacement, topology: Topology, exper
         expert_bytes: bytes of one expert's matrices as they are sent.
         slice_bytes: bytes of each position's slice of an expert, where experts are sliced.
     """
-    sent = [(source, to, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
+    sent = [(source, to, expert_bytes) for _, source, to in chain(*STAGES[form](placement, topology))]
     slices = [(source, to, slice_bytes[source]) for _, source, to in slice_transfers(placement)]
     return _traffic(sent + slices, topology)
 
@@ -110,7 +110,7 @@ def reduce_bytes(form: str, placement: LayerPlacement, topology: Topology, exper
         expert_bytes: bytes of one expert's gradients as they are sent.
         slice_bytes: bytes of the gradients of each position's slice of an expert, where experts are sliced.
     """
-    sent = [(to, source, expert_bytes) for _, source, to in chain(*LEGS[form](placement, topology))]
+    sent = [(to, source, expert_bytes) for _, source, to in chain(*STAGES[form](placement, topology))]
     slices = [(to, source, slice_bytes[source]) for _, source, to in slice_transfers(placement)]
     return _traffic(sent + slices, topology)
 

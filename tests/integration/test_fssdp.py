@@ -206,7 +206,7 @@ class Chosen:
     def __init__(self, copies: tuple[tuple[int, int], ...]) -> None:
         self.copies = copies
 
-    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+    def plan(self, loads, homes, topology, costs, max_copies) -> LayerPlan:
         return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies))
 
 

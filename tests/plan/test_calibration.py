@@ -28,8 +28,8 @@ def counts(name: str, step: int = 0) -> torch.Tensor:
     return torch.from_numpy(generate(name, 1, step + 1, 4, 16, 4096)[step])
 
 
-def planned(planner, loads_E: np.ndarray, room: int) -> LayerPlan:
-    return planner.plan(loads_E, contiguous(16, 4), TOPOLOGY, COSTS, room)
+def planned(planner, loads_E: np.ndarray, max_copies: int) -> LayerPlan:
+    return planner.plan(loads_E, contiguous(16, 4), TOPOLOGY, COSTS, max_copies)
 
 
 def seconds(planner, plan: LayerPlan, n_PE: torch.Tensor) -> float:
@@ -43,12 +43,12 @@ def seconds(planner, plan: LayerPlan, n_PE: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_stays_and_no_position_gets_more_than_its_room(planner, name):
     n_PE, plan = counts(name), planned(planner, counts("lognormal_1.5").sum(0).numpy(), 2)
-    for room in (2, 3):
-        extended = add_missing_copies(n_PE, plan, planner, TOPOLOGY, COSTS, room)
+    for max_copies in (2, 3):
+        extended = add_missing_copies(n_PE, plan, planner, TOPOLOGY, COSTS, max_copies)
         if extended is not None:
             assert extended.placement.home == plan.placement.home
             assert set(extended.placement.copies) > set(plan.placement.copies)
-            assert max(len(extended.placement.copies_at(position)) for position in range(4)) <= room
+            assert max(len(extended.placement.copies_at(position)) for position in range(4)) <= max_copies
             seconds(planner, extended, n_PE)                 # every row finds a replica, whatever the rule
 
 
@@ -67,7 +67,7 @@ class Wants:
     def __init__(self, copies, rule="local_first", quotas_C=None) -> None:
         self.copies, self.rule, self.quotas_C = copies, rule, quotas_C
 
-    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+    def plan(self, loads, homes, topology, costs, max_copies) -> LayerPlan:
         return LayerPlan(LayerPlacement(homes.home, homes.positions, self.copies), self.quotas_C)
 
 

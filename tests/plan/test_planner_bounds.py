@@ -51,9 +51,9 @@ def test_a_planner_plans_what_the_rules_let_through(option: str) -> None:
             anywhere = LayerPlacement(tuple(draw.integers(0, positions, experts).tolist()), positions)
             for node in nodes_of(option, experts):
                 planner = build(node, "planner")
-                for loads, room in product(loads_of(experts, topology, draw), (1, experts)):
-                    homes = anywhere if room == 1 else contiguous(experts, positions)
-                    plan = planner.plan(loads, homes, topology, COSTS, room)
+                for loads, max_copies in product(loads_of(experts, topology, draw), (1, experts)):
+                    homes = anywhere if max_copies == 1 else contiguous(experts, positions)
+                    plan = planner.plan(loads, homes, topology, COSTS, max_copies)
                     assert plan.placement.home == homes.home
                     if isinstance(planner, SupportsRehoming):
                         moved = planner.rehome({"a": loads, "b": loads}, ExpertPlacement(

@@ -51,39 +51,39 @@ def situations(draw: st.DrawFn) -> tuple[np.ndarray, LayerPlacement, Topology, C
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)
 @given(situations(), st.booleans())
 def test_plans_are_legal_whatever_the_loads_homes_and_budgets(situation, nodes_known):
-    n_PE, homes, topology, costs, room = situation
+    n_PE, homes, topology, costs, max_copies = situation
     node_P = np.arange(topology.positions) // topology.per_node
     loads_NE = np.stack([n_PE[node_P == node].sum(0) for node in range(topology.nodes)])
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
         assert loads_by_node(n_PE.sum(0), topology).sum(0).tolist() == n_PE.sum(0).tolist()
         for planner in PLANNERS:
-            plan = planner.plan(loads_NE if nodes_known else n_PE.sum(0), homes, topology, costs, room)
-            check(planner, plan, n_PE, homes, topology, costs, room)
-            check_homes(planner, n_PE.sum(0), homes, topology, costs, room)
+            plan = planner.plan(loads_NE if nodes_known else n_PE.sum(0), homes, topology, costs, max_copies)
+            check(planner, plan, n_PE, homes, topology, costs, max_copies)
+            check_homes(planner, n_PE.sum(0), homes, topology, costs, max_copies)
 
 
 def check(planner: Planner, plan: LayerPlan, n_PE: np.ndarray, homes: LayerPlacement, topology: Topology,
-          costs: Costs, room: int) -> None:
+          costs: Costs, max_copies: int) -> None:
     placement = plan.placement.with_sliced(homes.sliced)
     assert placement.home == homes.home
     copies = np.bincount([at for _, at in placement.copies], minlength=topology.positions)
-    assert copies.max() <= room, (planner, placement)
+    assert copies.max() <= max_copies, (planner, placement)
     split_PC = rule_of(planner.rule, plan, topology, costs).split(torch.from_numpy(n_PE), plan.placement, 0)
     of_expert_PE = torch.zeros(n_PE.shape, dtype=torch.int64).index_add_(
         1, torch.tensor([expert for expert, _, _ in plan.placement.replicas]), split_PC)
     assert split_PC.min() >= 0 and np.array_equal(of_expert_PE.numpy(), n_PE), planner
     assert not any(math.isnan(seconds) for seconds in step_time(split_PC, placement, topology, costs))
-    if room:
-        more = calibrate(torch.from_numpy(n_PE), plan, planner, topology, costs, room)
+    if max_copies:
+        more = calibrate(torch.from_numpy(n_PE), plan, planner, topology, costs, max_copies)
         assert more is None or set(more.placement.copies) > set(plan.placement.copies)
 
 
 def check_homes(planner: Planner, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology,
-                costs: Costs, room: int) -> None:
+                costs: Costs, max_copies: int) -> None:
     if isinstance(planner, SupportsRehoming):
         placement = ExpertPlacement((("layer", homes.whole),))
         moved = planner.rehome({"layer": loads_E}, placement, topology, {"layer": costs})["layer"]
         assert not moved.copies and moved.num_experts == homes.num_experts
     if isinstance(planner, SupportsSlicing):
-        assert len(planner.choose_sliced(loads_E, homes, topology, costs, room, 2)) <= 2
+        assert len(planner.choose_sliced(loads_E, homes, topology, costs, max_copies, 2)) <= 2

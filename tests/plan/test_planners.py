@@ -69,8 +69,8 @@ def split(planner, plan, n_PE: np.ndarray, topology: Topology, costs: Costs) -> 
     return shares(counts_PE, torch.tensor(plan.quotas_C), plan.placement, topology)
 
 
-def seconds(planner, homes, n_PE, topology, costs, room: int) -> float:
-    plan = planner.plan(node_loads(n_PE, topology), homes, topology, costs, room)
+def seconds(planner, homes, n_PE, topology, costs, max_copies: int) -> float:
+    plan = planner.plan(node_loads(n_PE, topology), homes, topology, costs, max_copies)
     return step_time(split(planner, plan, n_PE, topology, costs), plan.placement, topology, costs).total_s
 
 
@@ -84,11 +84,11 @@ def test_plans_are_legal(planner):
         topology, homes = Topology(positions, per_node), homes_for(seed, positions, experts)
         for name in ("lognormal_1.5", "hot_rank", "empty"):
             n_PE = generate(name, seed, 1, positions, experts, 200)[0]
-            for room, costs in ((0, CHEAP), (1, CHEAP), (3, CHEAP), (2, BARE)):
+            for max_copies, costs in ((0, CHEAP), (1, CHEAP), (3, CHEAP), (2, BARE)):
                 for loads in (n_PE.sum(0), node_loads(n_PE, topology)):
-                    plan = planner.plan(loads, homes, topology, costs, room)
+                    plan = planner.plan(loads, homes, topology, costs, max_copies)
                     assert plan.placement.home == homes.home and plan.placement.positions == positions
-                    assert all(len(plan.placement.copies_at(at)) <= room for at in range(positions))
+                    assert all(len(plan.placement.copies_at(at)) <= max_copies for at in range(positions))
                     assert (plan.quotas_C is not None) == (planner.rule == "shares")
                     if plan.quotas_C is not None:
                         assert sum(plan.quotas_C) == n_PE.sum() and min(plan.quotas_C) >= 0
@@ -164,7 +164,7 @@ def test_eplb_places_as_published(case):
 def test_llep_cuts_as_published(case):
     homes = contiguous(len(case["loads"]), case["positions"])
     assignments = llep.spill(np.array(case["loads"]), homes, case["capacity"], case["min_rows"],
-                             room=len(case["loads"]))
+                             max_copies=len(case["loads"]))
     assert [list(piece) for piece in assignments] == case["pieces"]
 
 
@@ -223,10 +223,10 @@ def test_hecate_copies_as_its_algorithm_reads(name):
     for seed, (positions, per_node, experts) in enumerate(((4, 2, 8), (8, 4, 32), (6, 4, 12))):
         topology, homes = Topology(positions, per_node), homes_for(seed, positions, experts)
         loads_E = generate(name, seed, 1, positions, experts, 300)[0].sum(0)
-        for room in (1, 2, 20):
-            plan = Hecate().plan(loads_E, homes, topology, CHEAP, room)
+        for max_copies in (1, 2, 20):
+            plan = Hecate().plan(loads_E, homes, topology, CHEAP, max_copies)
             t = max_hidden_copies(topology, CHEAP, experts)
-            read = read_hecate(loads_E.tolist(), homes, topology, t, min(room, t))
+            read = read_hecate(loads_E.tolist(), homes, topology, t, min(max_copies, t))
             assert set(plan.placement.copies) == read
 
 
@@ -269,12 +269,13 @@ def test_intervals_overlap_group_by_group():
 
 @FEW
 @given(routed_layers(), st.integers(1, 3), st.booleans(), st.booleans())
-def test_moved_overflow_loses_no_rows_and_stays_below_the_level(layer, room, whole, on_source_nodes):
+def test_moved_overflow_loses_no_rows_and_stays_below_the_level(layer, max_copies, whole, on_source_nodes):
     n_PE, placement, topology = layer
     home_E, loads_NE = np.array(placement.home), node_loads(n_PE.numpy(), topology)
     snapshot, level = LoadSnapshot(loads_NE, home_E, topology), -(-int(n_PE.sum()) // topology.positions)
-    state = OverflowState(snapshot, level, room).place_overflow(on_source_nodes=on_source_nodes, whole=whole)
-    for moved in (state, add_local_copies(state, NodeFlows(snapshot, room), budget=2 * room)):
+    state = OverflowState(snapshot, level, max_copies).place_overflow(
+        on_source_nodes=on_source_nodes, whole=whole)
+    for moved in (state, add_local_copies(state, NodeFlows(snapshot, max_copies), budget=2 * max_copies)):
         plan = moved.result()
         assert int(plan.kept_E.min()) >= 0 and (plan.rows_X >= (1 if moved is state else 0)).all()
         rows_E = plan.kept_E.copy()
@@ -283,7 +284,7 @@ def test_moved_overflow_loses_no_rows_and_stays_below_the_level(layer, room, who
         load_P = np.zeros(topology.positions, dtype=np.int64)
         np.add.at(load_P, np.r_[home_E, plan.position_X], np.r_[plan.kept_E, plan.rows_X])
         assert load_P.tolist() == moved.load_P.tolist()
-        assert np.bincount(plan.position_X, minlength=topology.positions).max() <= room
+        assert np.bincount(plan.position_X, minlength=topology.positions).max() <= max_copies
     before_P = np.zeros(topology.positions, dtype=np.int64)
     np.add.at(before_P, home_E, n_PE.sum(0).numpy())
     assert (state.load_P <= np.maximum(before_P, level)).all()

@@ -1,11 +1,11 @@
-"""Legs of sparse collectives: every position gets what the placement says, over no more links than needed."""
+"""Stages of sparse collectives: every position gets what the placement says, over as few links as it can."""
 
 import pytest
 from hypothesis import given
 
 from moetrain.plan.cost.machine import Topology
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.transfers import LEGS, Transfer, gather_bytes, reduce_bytes, two_level
+from moetrain.plan.transfers import STAGES, Transfer, gather_bytes, reduce_bytes, two_level
 from tests.support.random_placements import FEW, layers
 
 
@@ -13,11 +13,11 @@ from tests.support.random_placements import FEW, layers
 @given(layers())
 def test_every_copy_is_brought_once_from_a_position_that_has_it_by_then(layer):
     placement, topology = layer
-    for form in LEGS:
+    for form in STAGES:
         held = {(expert, home) for expert, home in enumerate(placement.home)}
-        for leg in LEGS[form](placement, topology):
-            assert all((expert, source) in held for expert, source, _ in leg), form
-            brought = [(expert, to) for expert, _, to in leg]
+        for stage in STAGES[form](placement, topology):
+            assert all((expert, source) in held for expert, source, _ in stage), form
+            brought = [(expert, to) for expert, _, to in stage]
             assert len(set(brought)) == len(brought) and not held & set(brought), form
             held |= set(brought)
         assert held == {(expert, at) for expert, at, _ in placement.replicas}, form
@@ -47,11 +47,11 @@ def test_bytes_of_an_expert_that_all_positions_hold(positions, per_node):
     placement = LayerPlacement((0,), positions, tuple((0, at) for at in range(1, positions)))
     topology = Topology(positions, per_node)
     elsewhere = positions - len(topology.positions_of(0))
-    packed, levels = (gather_bytes(form, placement, topology, 10) for form in LEGS)
+    packed, levels = (gather_bytes(form, placement, topology, 10) for form in STAGES)
     assert sum(packed.between) == packed.between[0] == 10 * elsewhere
     assert sum(levels.between) == levels.between[0] == 10 * (topology.nodes - 1)
     assert sum(levels.inside) == 10 * (positions - topology.nodes)
-    for form in LEGS:
+    for form in STAGES:
         matrices = gather_bytes(form, placement, topology, 10)
         gradients = reduce_bytes(form, placement, topology, 10)
         assert [sum(part) for part in matrices] == [sum(part) for part in gradients]
@@ -63,7 +63,7 @@ def test_bytes_of_an_expert_that_all_positions_hold(positions, per_node):
 def test_two_levels_send_no_more_than_packed_between_nodes_and_the_same_with_one(layer):
     placement, topology = layer
     for formula in (gather_bytes, reduce_bytes):
-        packed, levels = (formula(form, placement, topology, 7) for form in LEGS)
+        packed, levels = (formula(form, placement, topology, 7) for form in STAGES)
         assert sum(map(sum, packed)) == sum(map(sum, levels)) == 7 * len(placement.copies)
         assert sum(levels.between) <= sum(packed.between)
         assert topology.nodes > 1 or packed == levels

@@ -22,7 +22,7 @@ class Random:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+    def plan(self, loads, homes, topology, costs, max_copies) -> LayerPlan:
         draw = random.Random(f"{self.seed}/{loads.tolist()}")
         pairs = [(expert, at) for expert, home in enumerate(homes.home)
                  for at in range(homes.positions) if at != home]
@@ -50,7 +50,7 @@ def run_with_copies(overrides: list[str], forced=None, seed: int = 0,
     planning = run.state.planning
     assert planning.planning_inputs.topology == Topology(run.mesh["ep"].size, 2)
     planning.planner = Random(seed)
-    planning.planning_inputs = planning.planning_inputs._replace(room=8)
+    planning.planning_inputs = planning.planning_inputs._replace(max_copies=8)
     # Every missing copy, whatever it costs.
     planning.calibration = planning.calibration and add_missing_copies
     return run
@@ -77,9 +77,9 @@ def train_with_copies(overrides: list[str], steps: int, forced, seed: int,
 class EveryLayerOtherwise(Random):
     asked = 0
 
-    def plan(self, loads, homes, topology, costs, room) -> LayerPlan:
+    def plan(self, loads, homes, topology, costs, max_copies) -> LayerPlan:
         self.asked += 1
-        return super().plan(loads + self.asked, homes, topology, costs, room)
+        return super().plan(loads + self.asked, homes, topology, costs, max_copies)
 
 
 def numbers(metrics: dict[str, float]) -> dict[str, str]:

@@ -149,7 +149,7 @@ def test_page_and_picture_state_what_was_measured(tmp_path: Path):
              "unpaced": {"seconds": arms}}
     options = {"planners": ["ep", "balanced"], "steps": 2, "real_steps": 2, "nodes": 2, "per_node": 2,
                "inside": "900mbit", "between": "100mbit", "dim": 128, "expert_dim": 32, "rows": 256,
-               "row_us": 200.0, "hidden_ms": 20.0, "room": 2}
+               "row_us": 200.0, "hidden_ms": 20.0, "max_copies": 2}
     facts = {"machine": "9 cores", "torch": "x", "commit": "abc1234", "command": "python tools/this",
              "load average": [0, 1]}
     result = {"facts": facts, "options": options, "links": ["a line"],
@@ -194,7 +194,8 @@ def test_a_study_runs_over_emulated_links(tmp_path: Path):
 
 
 def test_planners_are_clocked_at_growing_sizes():
-    options = bench_planner.argparse.Namespace(experts=16, room=1, repeats=2, limit=9.0, positions=[16, 32])
+    options = bench_planner.argparse.Namespace(experts=16, max_copies=1, repeats=2, limit=9.0,
+                                               positions=[16, 32])
     planner = build(compose(["planner=balanced", "parallel=fssdp"]).planner, "planner")
     rows = [row for form in ("by expert", "by node")
             for row in bench_planner.growth("balanced", planner, form, options)]

@@ -90,7 +90,7 @@ def joined(results: list[dict]) -> dict:
     """Join the results of several runs on other traces; all must have been measured alike."""
     first = results[0]
     alike = ("planners", "nodes", "per_node", "inside", "between", "dim", "expert_dim", "rows", "row_us",
-             "hidden_ms", "room", "steps", "real_steps")
+             "hidden_ms", "max_copies", "steps", "real_steps")
     for other in results[1:]:
         differ = [key for key in alike if other["options"][key] != first["options"][key]]
         if differ:
@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
                         help="computing a row, forward and backward, in microseconds")
     parser.add_argument("--hidden-ms", type=float, default=20.0,
                         help="attention before a layer, forward; backward twice that")
-    parser.add_argument("--room", type=int, default=2)
+    parser.add_argument("--max-copies", type=int, default=2)
     parser.add_argument("--first", type=int, default=-1,
                         help="recorded: the first step measured; -1: the last ones")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of a trace")

@@ -270,7 +270,7 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
     for name, planner in planners.items():
         if isinstance(planner, SupportsRehoming):
             seen = arms[name]._replace(oracle=False).loads(trace, WINDOW, per_node)
-            stacks[name].start(_homes(planner, arms[name], stacks[name], seen, options.room))
+            stacks[name].start(_homes(planner, arms[name], stacks[name], seen, options.max_copies))
     used = trace[WINDOW:WINDOW + steps + 1]
     even = np.full(experts, round(used.sum() / used.shape[0] / used.shape[1] / experts))
     seconds, meter = {name: [] for name in stacks}, Meter()
@@ -283,7 +283,8 @@ def replay(options: argparse.Namespace, sizes: Sizes, group: Group, trace: np.nd
                     n_PE = torch.from_numpy(even).expand(len(n_PE), -1)
                 else:
                     loads = arms[name].loads(trace, step, per_node)
-                    stack.adopt(planners[name].rule, plans_of(stack, planners[name], loads, options.room))
+                    plans = plans_of(stack, planners[name], loads, options.max_copies)
+                    stack.adopt(planners[name].rule, plans)
                 expected = stack.expected(n_PE)
                 meter.clear()
                 dist.barrier()
@@ -308,7 +309,8 @@ def _planner(arm: Arm) -> Planner:
     return build(compose(words).planner, "planner")
 
 
-def _homes(planner: SupportsRehoming, arm: Arm, stack: Stack, seen: np.ndarray, room: int) -> ExpertPlacement:
+def _homes(planner: SupportsRehoming, arm: Arm, stack: Stack, seen: np.ndarray,
+           max_copies: int) -> ExpertPlacement:
     """Homes that a planner chooses by the loads seen before the trace, sliced where the arm allows it."""
     costs = stack.sizes.costs
     by_layer = {router: seen for router, _ in stack.homes.layers}
@@ -317,15 +319,16 @@ def _homes(planner: SupportsRehoming, arm: Arm, stack: Stack, seen: np.ndarray, 
         return homes
     loads = loads_by_expert(seen)
     return ExpertPlacement(tuple(
-        (router, layer.with_sliced(planner.choose_sliced(loads, layer, stack.topology, costs, room, CUT)))
+        (router, layer.with_sliced(planner.choose_sliced(
+            loads, layer, stack.topology, costs, max_copies, CUT)))
         for router, layer in homes.layers))
 
 
-def plans_of(stack: Stack, planner: Planner, loads: np.ndarray, room: int) -> dict[str, LayerPlan]:
-    """Plan of every layer of a stack by these loads, with at most `room` copies on a position."""
+def plans_of(stack: Stack, planner: Planner, loads: np.ndarray, max_copies: int) -> dict[str, LayerPlan]:
+    """Plan of every layer of a stack by these loads, with at most `max_copies` copies on a position."""
     plans = {}
     for router, homes in stack.homes.layers:
-        plan = planner.plan(loads, homes, stack.topology, stack.sizes.costs, room)
+        plan = planner.plan(loads, homes, stack.topology, stack.sizes.costs, max_copies)
         plans[router] = replace(plan, placement=plan.placement.with_sliced(homes.sliced))
     return plans
 

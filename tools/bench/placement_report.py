@@ -194,7 +194,7 @@ ran. Intervals are then wide, and differences of a few percent mean nothing.
 Times are those of two layers, forward and backward. The computation is replaced by sleeps \
 ({options["row_us"]:.0f} us per row; attention {options["hidden_ms"]:.0f} ms forward and twice that \
 backward); everything else is real. A rank has {options["rows"]} rows per layer on average, and at most \
-{options["room"]} copies per layer.
+{options["max_copies"]} copies per layer.
 
 A cell such as `1.43x [1.40, 1.46] 87%` gives the time of `ep` over that of the planner (the median of \
 {options["steps"]} paired steps), the middle 95 % over resampled steps, and the recovered share of the time \

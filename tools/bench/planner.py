@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--positions", type=int, nargs="+", default=list(POSITIONS))
-    parser.add_argument("--room", type=int, default=2)
+    parser.add_argument("--max-copies", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--limit", type=float, default=3.0,
                         help="seconds of a plan beyond which larger sizes are left out")
@@ -90,8 +90,8 @@ def growth(name: str, planner: Planner, form: str, options: argparse.Namespace) 
         topology = Topology(positions, PER_NODE)
         homes = LayerPlacement(contiguous(options.experts, positions).home, positions)
         draws = [loads_of(seed, topology, options.experts, form) for seed in range(3)]
-        seconds = clock(lambda seed: planner.plan(draws[seed % 3], homes, topology, COSTS, options.room),
-                        options)
+        seconds = clock(
+            lambda seed: planner.plan(draws[seed % 3], homes, topology, COSTS, options.max_copies), options)
         rows.append({"planner": name, "loads": form, "positions": positions, "least_ms": min(seconds) * 1e3,
                      "median_ms": statistics.median(seconds) * 1e3})
         if min(seconds) > options.limit:
@@ -183,8 +183,8 @@ Machine: {facts["machine"]}, load average {facts["load"]:.1f} at the end; numpy 
 
     {facts["command"]}
 
-Milliseconds to plan one layer of {options["experts"]} experts with at most {options["room"]} copies per \
-position, nodes of {PER_NODE} and log-normal loads, by number of positions: the least of \
+Milliseconds to plan one layer of {options["experts"]} experts with at most {options["max_copies"]} copies \
+per position, nodes of {PER_NODE} and log-normal loads, by number of positions: the least of \
 {options["repeats"]} repetitions, in brackets their median. `-`: not measured, because a smaller size took \
 longer than {options["limit"]:g} s. All planners but `balanced` follow their authors' rules in plain Python \
 and numpy.

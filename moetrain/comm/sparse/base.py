@@ -8,8 +8,8 @@ plan/transfers.py says what travels in each. Both bring the same bits. Gradients
 better, in an order that the placement fixes, whatever arrives first: the same bits every time. The forms
 group a sum differently.
 
-This file has what both are made of. A leg is one uneven all-to-all, ordered by position and then by expert on
-both sides.
+This file has what both are made of. A stage is one uneven all-to-all, ordered by position and then by expert
+on both sides.
 
 Shapes: h rows here to send from, s rows sent (a row once for each destination), W numbers of an expert.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moetrain.comm.mesh import Group
 from moetrain.ops.pinned import DeviceTables
-from moetrain.plan.transfers import Leg
+from moetrain.plan.transfers import Stage
 
 
 class Handle(Protocol):
@@ -68,7 +68,7 @@ class Collective(Protocol):
 
 
 class SendPlan(NamedTuple):
-    """What one position sends and receives in a leg. Gradients take the same plan in the other direction.
+    """What one position sends and receives in a stage. Gradients take the same plan in the other direction.
 
     Attributes:
         position: this position.
@@ -85,29 +85,31 @@ class SendPlan(NamedTuple):
     begins: tuple[int, ...]
 
 
-def send_plan(leg: Leg, position: int, positions: int, rows: Sequence[int], tables: DeviceTables) -> SendPlan:
-    """Plan what a position sends and receives in a leg.
+def send_plan(stage: Stage, position: int, positions: int, rows: Sequence[int],
+              tables: DeviceTables) -> SendPlan:
+    """Plan what a position sends and receives in a stage.
 
     Args:
-        leg: transfers of one exchange.
+        stage: transfers of one exchange.
         position: this position.
         positions: number of positions.
         rows: experts whose rows are here to be sent, in their order.
         tables: where indices are put on the device.
     """
     row = {expert: index for index, expert in enumerate(rows)}
-    leaving = sorted((to, expert) for expert, source, to in leg if source == position)
+    leaving = sorted((to, expert) for expert, source, to in stage if source == position)
     sent = Counter(to for to, _ in leaving)
-    received = Counter(source for _, source, to in leg if to == position)
+    received = Counter(source for _, source, to in stage if to == position)
     sent_P = tuple(sent[at] for at in range(positions))
     index_s = tables.put(torch.tensor([row[expert] for _, expert in leaving], dtype=torch.int64))
     return SendPlan(position, index_s, sent_P, received=tuple(received[at] for at in range(positions)),
                     begins=tuple(accumulate(sent_P, initial=0))[:-1])
 
 
-def arrivals(leg: Leg, position: int) -> list[int]:
-    """Experts that a leg brings to a position, in the order of the rows that it receives."""
-    return [expert for _, expert in sorted((source, expert) for expert, source, to in leg if to == position)]
+def arrivals(stage: Stage, position: int) -> list[int]:
+    """Experts that a stage brings to a position, in the order of the rows that it receives."""
+    return [expert for _, expert in sorted(
+        (source, expert) for expert, source, to in stage if to == position)]
 
 
 class AsyncAllToAll:

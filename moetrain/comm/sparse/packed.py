@@ -27,9 +27,10 @@ class Packed:
 
     def __init__(self, placement: LayerPlacement, topology: Topology, position: int,
                  tables: DeviceTables) -> None:
-        (leg,) = packed(placement, topology)
+        (stage,) = packed(placement, topology)
         self.copies = len(placement.copies_at(position))
-        self.send_plan = send_plan(leg, position, placement.positions, placement.experts_of(position), tables)
+        self.send_plan = send_plan(
+            stage, position, placement.positions, placement.experts_of(position), tables)
 
     def post_gather(self, homes: Sequence[Tensor], group: Group,
                     dtype: torch.dtype | None = None) -> AsyncAllToAll:

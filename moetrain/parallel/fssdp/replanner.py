@@ -47,16 +47,16 @@ class PlanningInputs(NamedTuple):
     Attributes:
         topology: positions and nodes.
         costs: what a row, an expert and a link cost, by bank name.
-        room: copies that a position may hold of a bank.
+        max_copies: copies that a position may hold of a bank.
     """
 
     topology: Topology
     costs: Mapping[str, Costs]
-    room: int
+    max_copies: int
 
     def of(self, name: str) -> tuple[Topology, Costs, int]:
         """The inputs for one bank, by its name."""
-        return self.topology, self.costs[name], self.room
+        return self.topology, self.costs[name], self.max_copies
 
 
 class ReplanIntervals(NamedTuple):

@@ -26,14 +26,15 @@ class NodeFlows:
 
     Args:
         snapshot: loads and homes of the layer.
-        room: copies that a position may take; a node keeps about as many flows as its positions take copies.
+        max_copies: copies that a position may take; a node keeps about as many flows as its positions take
+            copies.
     """
 
-    def __init__(self, snapshot: LoadSnapshot, room: int) -> None:
+    def __init__(self, snapshot: LoadSnapshot, max_copies: int) -> None:
         topology = snapshot.topology
         rows_NE = snapshot.loads_NE.copy()
         rows_NE[snapshot.home_E // topology.per_node, np.arange(len(snapshot.home_E))] = 0
-        most = min(rows_NE.shape[1], room * topology.per_node)
+        most = min(rows_NE.shape[1], max_copies * topology.per_node)
         # A threshold instead of the `most` largest, so that ties do not depend on how numpy partitions.
         cut_N = np.partition(rows_NE, -most, axis=1)[:, -most]
         node_X, expert_X = np.nonzero(rows_NE >= np.maximum(cut_N, 1)[:, None])

@@ -84,14 +84,14 @@ class OverflowState:
     Args:
         snapshot: the layer before anything moves.
         level: rows above which no position should rise.
-        room: copies that each position may take.
+        max_copies: copies that each position may take.
     """
 
-    def __init__(self, snapshot: LoadSnapshot, level: int, room: int) -> None:
+    def __init__(self, snapshot: LoadSnapshot, level: int, max_copies: int) -> None:
         self.snapshot, self.level = snapshot, level
         self.min_rows = max(1, level // MIN_ROWS_DIVISOR)
         self.kept_E, self.load_P = snapshot.loads_E.copy(), snapshot.load_P.copy()
-        self.copies_left_P = np.full(len(self.load_P), room, dtype=np.int64)
+        self.copies_left_P = np.full(len(self.load_P), max_copies, dtype=np.int64)
         self.moved: list[np.ndarray] = []                            # (expert, position, rows) of every move
 
     def copy(self) -> "OverflowState":

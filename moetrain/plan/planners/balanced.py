@@ -67,13 +67,13 @@ class Balanced(Planner):
         self.horizon, self.state_ratio = horizon, state_ratio
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
-        overflow, _ = self._plan_and_time(loads, homes, topology, costs, room)
+             max_copies: int) -> LayerPlan:
+        overflow, _ = self._plan_and_time(loads, homes, topology, costs, max_copies)
         return LayerPlan(LayerPlacement(homes.home, homes.positions, tuple(
             zip(overflow.expert_X.tolist(), overflow.position_X.tolist(), strict=True))))
 
     def _plan_and_time(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-                       room: int) -> tuple[OverflowPlan, float]:
+                       max_copies: int) -> tuple[OverflowPlan, float]:
         """Plan the copies of a layer; also return the modeled seconds of the plan."""
         if topology.nodes == 1:
             # There is one kind of link. Every position counts as a node, and rows are best kept at their
@@ -85,13 +85,13 @@ class Balanced(Planner):
         total, highest = int(snapshot.loads_E.sum()), int(snapshot.load_P.max())
         no_copies = OverflowPlan.empty(snapshot.loads_E)
         no_copies_s = estimate(no_copies, snapshot, costs).total_s
-        if highest * topology.positions <= (1 + self.tolerance) * total or room == 0:
+        if highest * topology.positions <= (1 + self.tolerance) * total or max_copies == 0:
             return no_copies, no_copies_s
-        best, least_s = self._search(snapshot, costs, room, -(-total // topology.positions), highest)
+        best, least_s = self._search(snapshot, costs, max_copies, -(-total // topology.positions), highest)
         return (best, least_s) if least_s < (1 - self.min_gain) * no_copies_s else (no_copies, no_copies_s)
 
     @staticmethod
-    def _search(snapshot: LoadSnapshot, costs: Costs, room: int, mean: int,
+    def _search(snapshot: LoadSnapshot, costs: Costs, max_copies: int, mean: int,
                 highest: int) -> tuple[OverflowPlan, float]:
         """Find the plan with the least modeled time, and return both.
 
@@ -105,12 +105,13 @@ class Balanced(Planner):
         for step in LEVELS:
             for whole in (False, True):
                 level = mean + (highest - mean) * step // 64
-                consider(OverflowState(snapshot, level, room).place_overflow(whole=whole))
+                consider(OverflowState(snapshot, level, max_copies).place_overflow(whole=whole))
         best_level = min(tried)[2].level
-        consider(OverflowState(snapshot, best_level, room).place_overflow(on_source_nodes=True, whole=False))
-        base, flows = min(tried)[2], NodeFlows(snapshot, room)
+        consider(OverflowState(snapshot, best_level, max_copies).place_overflow(
+            on_source_nodes=True, whole=False))
+        base, flows = min(tried)[2], NodeFlows(snapshot, max_copies)
         hidden = max_hidden_copies(snapshot.topology, costs, len(snapshot.home_E))
-        for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(snapshot.load_P) * room}):
+        for budget in sorted({max(1, hidden), max(1, 2 * hidden), len(snapshot.load_P) * max_copies}):
             consider(add_local_copies(base, flows, budget))
         least_s, _, state = min(tried)
         return state.result(), least_s
@@ -126,8 +127,8 @@ class Balanced(Planner):
 
         def seconds(name: str, homes: LayerPlacement) -> float:
             homes_each = -(-homes.num_experts // homes.positions)
-            room = copies_per_position(homes_each, topology, costs[name], homes.num_experts)
-            return self._plan_and_time(by_router[name], homes, topology, costs[name], room)[1]
+            max_copies = copies_per_position(homes_each, topology, costs[name], homes.num_experts)
+            return self._plan_and_time(by_router[name], homes, topology, costs[name], max_copies)[1]
 
         move_s = {name: self._move_s(topology, each) for name, each in costs.items()}
         return exchange_homes(by_router, placement, seconds, horizon=self.horizon, tolerance=self.tolerance,
@@ -139,7 +140,7 @@ class Balanced(Planner):
         return costs.expert_bytes * self.state_ratio / rate
 
     def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-                      room: int, most: int) -> tuple[int, ...]:
+                      max_copies: int, most: int) -> tuple[int, ...]:
         """Slice no expert, the 1, 2, 4, ... hottest, or those that are sliced now.
 
         The choice is the shortest over the horizon, with the time to slice experts and to put them together
@@ -150,7 +151,7 @@ class Balanced(Planner):
 
         def seconds(sliced: tuple[int, ...]) -> float:
             changed = len(set(sliced) ^ set(now))
-            step_s = self._plan_and_time(loads_E, homes.with_sliced(sliced), topology, costs, room)[1]
+            step_s = self._plan_and_time(loads_E, homes.with_sliced(sliced), topology, costs, max_copies)[1]
             return self.horizon * step_s + changed * costs.expert_bytes * self.state_ratio / rate
 
         sizes = {min(2**power, most) for power in range(most.bit_length() + 1)}

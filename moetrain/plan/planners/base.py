@@ -42,7 +42,7 @@ class Planner(Protocol):
     rule: ClassVar[Rule]
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         """Plan the copies of one layer.
 
         Args:
@@ -50,7 +50,7 @@ class Planner(Protocol):
             homes: homes and sliced experts of the layer.
             topology: positions and nodes.
             costs: what a row, an expert and a link cost.
-            room: copies that a position has memory for.
+            max_copies: copies that a position has memory for.
         """
         ...
 
@@ -83,7 +83,7 @@ class SupportsSlicing(Protocol):
     """
 
     def choose_sliced(self, loads_E: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-                      room: int, most: int) -> tuple[int, ...]:
+                      max_copies: int, most: int) -> tuple[int, ...]:
         """Choose the experts of one layer whose parameters lie in slices over all positions.
 
         Args:
@@ -91,7 +91,7 @@ class SupportsSlicing(Protocol):
             homes: homes of the layer, with the experts that are sliced now.
             topology: positions and nodes.
             costs: what a row, an expert and a link cost.
-            room: copies that a position has memory for.
+            max_copies: copies that a position has memory for.
             most: experts that may be sliced.
         """
         ...
@@ -105,19 +105,19 @@ def max_hidden_copies(topology: Topology, costs: Costs, num_experts: int) -> int
     return int(costs.hidden_s * rate // costs.expert_bytes)
 
 
-def copies_per_position(room: int, topology: Topology, costs: Costs, num_experts: int) -> int:
+def copies_per_position(max_copies: int, topology: Topology, costs: Costs, num_experts: int) -> int:
     """Copies that a position may take; m in the paper.
 
     Args:
-        room: copies that its memory has room for.
+        max_copies: copies that its memory has room for.
         topology: positions and nodes.
         costs: what an expert and a link cost.
         num_experts: experts of the layer.
 
     Returns:
-        The smaller of `room` and what a link brings in time.
+        The smaller of `max_copies` and what a link brings in time.
     """
-    return min(room, max_hidden_copies(topology, costs, num_experts))
+    return min(max_copies, max_hidden_copies(topology, costs, num_experts))
 
 
 def loads_by_expert(loads: np.ndarray) -> np.ndarray:

@@ -15,5 +15,5 @@ class ExpertParallel(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         return LayerPlan(homes.without_copies())

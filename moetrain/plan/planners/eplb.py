@@ -40,9 +40,9 @@ class Eplb(Planner):
         self.groups = groups
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         loads_E = loads_by_expert(loads)
-        most = copies_per_position(room, topology, costs, len(loads_E))
+        most = copies_per_position(max_copies, topology, costs, len(loads_E))
         ranges = [range(topology.positions)]
         if topology.nodes > 1 and self._packs_by_node(topology):
             ranges = [topology.positions_of(node) for node in range(topology.nodes)]

@@ -40,10 +40,10 @@ class Hecate(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         """Algorithm 1: copies of the hottest experts."""
         loads_E = loads_by_expert(loads)
-        most = copies_per_position(room, topology, costs, len(loads_E))
+        most = copies_per_position(max_copies, topology, costs, len(loads_E))
         hot = hottest_first(loads_E)[:max_hidden_copies(topology, costs, len(loads_E))].tolist()
         if len(hot) <= most:
             everywhere = [(expert, at) for expert in hot for at in range(homes.positions)

@@ -32,8 +32,8 @@ class Laer(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
-        most = copies_per_position(room, topology, costs, homes.num_experts)
+             max_copies: int) -> LayerPlan:
+        most = copies_per_position(max_copies, topology, costs, homes.num_experts)
         loads_NE = loads_by_node(loads, topology)
         # Homes of sliced experts take a slot as others do.
         slots_P = np.bincount(homes.home, minlength=homes.positions) + most

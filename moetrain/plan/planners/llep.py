@@ -48,7 +48,7 @@ class LeastLoaded(Planner):
         self.capacity, self.min_rows, self.threshold = capacity, min_rows, threshold
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         loads_E = loads_by_expert(loads)
         native_P = np.zeros(homes.positions, dtype=np.int64)
         np.add.at(native_P, np.asarray(homes.home), loads_E)
@@ -57,8 +57,8 @@ class LeastLoaded(Planner):
             at_home = enumerate(zip(homes.home, loads_E, strict=True))
             assignments = [(expert, at, int(rows)) for expert, (at, rows) in at_home]
         else:
-            room = copies_per_position(room, topology, costs, len(loads_E))
-            assignments = spill(loads_E, homes, self.capacity, self.min_rows, room)
+            max_copies = copies_per_position(max_copies, topology, costs, len(loads_E))
+            assignments = spill(loads_E, homes, self.capacity, self.min_rows, max_copies)
         placement = LayerPlacement(homes.home, homes.positions, tuple(
             {(expert, at) for expert, at, _ in assignments if at != homes.home[expert]}))
         rows_of: dict[tuple[int, int], int] = {}
@@ -98,7 +98,7 @@ class _PositionLoads:
 
 
 def spill(loads_E: np.ndarray, homes: LayerPlacement, capacity: float, min_rows: int,
-          room: int) -> list[Assignment]:
+          max_copies: int) -> list[Assignment]:
     """Assign the rows of all experts to positions.
 
     Args:
@@ -106,14 +106,14 @@ def spill(loads_E: np.ndarray, homes: LayerPlacement, capacity: float, min_rows:
         homes: homes of the layer.
         capacity: rows that a position takes, in means.
         min_rows: fewest rows that are worth a copy.
-        room: copies that a position may take.
+        max_copies: copies that a position may take.
 
     Returns:
         Expert, position and rows of each assignment, in the order in which they are made.
     """
     mean = int(loads_E.sum()) // homes.positions
     limit = max(1, int(capacity * mean) if mean else int(loads_E.sum()))
-    loads = _PositionLoads([0] * homes.positions, [room] * homes.positions, set())
+    loads = _PositionLoads([0] * homes.positions, [max_copies] * homes.positions, set())
     for expert, home in enumerate(homes.home):
         loads.effective[home] += int(loads_E[expert])
     assignments = []

@@ -35,9 +35,9 @@ class Shadow(Planner):
     rule: ClassVar[Rule] = "local_first"
 
     def plan(self, loads: np.ndarray, homes: LayerPlacement, topology: Topology, costs: Costs,
-             room: int) -> LayerPlan:
+             max_copies: int) -> LayerPlan:
         loads_E = loads_by_expert(loads)
-        most = copies_per_position(room, topology, costs, len(loads_E))
+        most = copies_per_position(max_copies, topology, costs, len(loads_E))
         rate = costs.between if topology.nodes > 1 else costs.inside
         chosen = choose_shadowed(loads_E, costs.row_s, send_row_s=costs.row_bytes / rate,
                                  send_expert_s=costs.expert_bytes / rate)[:most]

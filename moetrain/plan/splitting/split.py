@@ -235,7 +235,7 @@ def _within_nodes(topology: Topology) -> Topology:
 
 
 def _portions(end: np.ndarray, rows: np.ndarray, part: np.ndarray, whole: np.ndarray,
-              turn: np.ndarray | int) -> np.ndarray:
+              tie_shift: np.ndarray | int) -> np.ndarray:
     """Portions part / whole of the rows, in integers whose sum over each group is exactly `part`.
 
     Args:
@@ -243,12 +243,12 @@ def _portions(end: np.ndarray, rows: np.ndarray, part: np.ndarray, whole: np.nda
         rows: rows that are laid end to end; those of a group sum to `whole`.
         part: rows to take of each group.
         whole: rows of each group.
-        turn: shifts which members of a group get the larger portions where it does not divide evenly.
+        tie_shift: shifts which members of a group get the larger portions where it does not divide evenly.
 
     Returns:
         int64, of the broadcast shape of the arguments.
     """
-    shift = turn % whole
+    shift = tie_shift % whole
     return (end * part + shift) // whole - ((end - rows) * part + shift) // whole
 
 

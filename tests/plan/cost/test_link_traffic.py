@@ -8,7 +8,7 @@ from moetrain.plan.cost.link_traffic import copy_traffic
 from moetrain.plan.cost.machine import Costs, Topology
 from moetrain.plan.cost.step_time import gather_seconds
 from moetrain.plan.placement import LayerPlacement
-from moetrain.plan.transfers import LEGS, slice_transfers
+from moetrain.plan.transfers import STAGES, slice_transfers
 from tests.support.random_placements import FEW, layers
 
 
@@ -28,12 +28,12 @@ def busiest(moved: list[tuple[int, int, float]], topology: Topology) -> tuple[fl
 def test_copy_traffic_is_what_the_busiest_link_carries(layer):
     placement, topology = layer
     expert_X, position_X = np.array(placement.copies, dtype=np.int64).reshape(-1, 2).T
-    for form in LEGS:
+    for form in STAGES:
         found = copy_traffic(expert_X, position_X, np.array(placement.home), placement.sliced, topology, form)
-        legs = [[(source, to, 1) for _, source, to in leg] for leg in LEGS[form](placement, topology)]
-        legs[0] += [(source, to, 1 / placement.positions) for _, source, to in slice_transfers(placement)]
-        assert found.first == pytest.approx(busiest(legs[0], topology)), form
-        assert found.second == pytest.approx(busiest(legs[1] if len(legs) > 1 else [], topology)), form
+        stages = [[(source, to, 1) for _, source, to in stage] for stage in STAGES[form](placement, topology)]
+        stages[0] += [(source, to, 1 / placement.positions) for _, source, to in slice_transfers(placement)]
+        assert found.first == pytest.approx(busiest(stages[0], topology)), form
+        assert found.second == pytest.approx(busiest(stages[1] if len(stages) > 1 else [], topology)), form
         assert found.messages == bool(placement.whole_copies) + bool(placement.sliced), form
 
 
