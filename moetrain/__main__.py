@@ -25,6 +25,7 @@ from moetrain.config.field_names import verbs_meant
 from moetrain.config.groups import group_options
 from moetrain.config.suggest import nearest
 from moetrain.errors import ConfigError, DiskError, MoETrainError, Preempted
+from moetrain.files import reason
 from moetrain.launch.foreign_ranks import without_ranks
 from moetrain.launch.program import Program, program_of
 from moetrain.launch.rank import become_rank, has_own_stderr, rank, under_torchrun
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None, *, convert_model: Callable[..., None
         if error := streams.lost():
             raise DiskError(
                 30, "what was to be printed could not be written", where="standard output",
-                why=error.strerror,
+                why=reason(error),
                 next="send it to a file or a terminal that takes it")
         done()
         return code

@@ -127,3 +127,13 @@ class OutOfMemoryError(MoETrainError):
     """An allocation failed in training."""
 
     code, area = 18, "MEMORY"
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code of a process that an exception ends, as Python has it: that of `sys.exit("a text")` is 1."""
+    if isinstance(error, MoETrainError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = error.code if isinstance(error, SystemExit) else 1
+    return code if isinstance(code, int) else int(code is not None)

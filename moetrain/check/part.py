@@ -29,7 +29,7 @@ class Section(NamedTuple):
 
     title: str
     findings: Iterator[Finding]
-    count: int
+    number: int
 
 
 def sections(config: Config, overrides: list[str], out: Path | None) -> Iterator[Section]:

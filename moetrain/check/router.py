@@ -144,7 +144,7 @@ def _reads_what_it_says(subject: Subject) -> None:
     router, whole = subject.make(), context_of()
     told = {field for field in RouterContext._fields if field.endswith("_T") or field == "carry"}
     unsaid = told - {"valid_T"} - router.depends_on
-    hidden = whole._replace(**dict.fromkeys(unsaid))
+    hidden = RouterContext(**{**whole._asdict(), **dict.fromkeys(unsaid)})
     try:
         least = router.route(subject.tokens(), hidden)
     except (TypeError, AttributeError, AssertionError) as error:

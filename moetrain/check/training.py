@@ -75,7 +75,7 @@ def described(overrides: Iterable[str]) -> list[str]:
     """Overrides of the tiny model with these changes, or of an experiment that takes its place."""
     overrides = list(overrides)
     typed = {key_of(override) for override in overrides}
-    base = () if "experiment" in typed else COMMON
+    base: tuple[str, ...] = () if "experiment" in typed else COMMON
     if "loss" in typed:                                  # other losses do not have the keys of z
         base = tuple(override for override in base if key_of(override).partition(".")[0] != "loss")
     return [*base, *EVERY_RUN, *overrides]

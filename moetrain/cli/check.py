@@ -47,7 +47,7 @@ def _show(section: Section, *, quiet: bool) -> list[dict[str, str]]:
         if not quiet:
             state = "BROKEN" if found.problem else "ok    " if found.not_tried is None else "-     "
             reason = f" (not tried: {found.not_tried})" if found.not_tried else ""
-            print(f"  {number}/{section.count}  {state}  {found.name}{reason}")
+            print(f"  {number}/{section.number}  {state}  {found.name}{reason}")
             if found.problem:
                 print(f"       seen  {found.problem}\n       try   {found.advice}", flush=True)
     return broken

@@ -153,6 +153,7 @@ def refilled(doc: str) -> str:
         indented = any(line.startswith(" ") for line in paragraph.splitlines())
         for line in paragraph.splitlines() if indented else [" ".join(paragraph.split())]:
             head = re.match(r"( +\S.*?  +)(?=\S)", line) or re.match(r" *", line)
+            assert head is not None                       # the second pattern matches the empty text, too
             lines.append(_hanging(head[0], line[len(head[0]):]))
         lines.append("")
     return "\n".join(lines[:-1])

@@ -13,7 +13,9 @@ What the words of banner and step lines mean: docs/reference/output.md
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moetrain import streams
 from moetrain.config.compose import compose, run_dir, to_yaml
@@ -67,14 +69,20 @@ def run(argv: list[str], program: Program) -> int:
 def _train(config: Config, program: Program, again: str) -> None:
     from moetrain.train.loop import train
 
-    wrap_engine = None
-    if config.engine.name == "deepspeed":
-        from moetrain.interop.deepspeed import wrap_engine
     train(config, convert_model=program.convert_model, language_loss=program.language_loss,
-          wrap_engine=wrap_engine, again=again,
+          wrap_engine=_engine(config), again=again,
           on_exit=lambda code, reason: record_early_exit(run_dir(config), code, reason))
     if rank() == 0:
         draw(run_dir(config))
+
+
+def _engine(config: Config) -> Callable[[Any], Any] | None:
+    """The function that hands the run to another engine; None for our own."""
+    if config.engine.name != "deepspeed":
+        return None
+    from moetrain.interop.deepspeed import wrap_engine
+
+    return wrap_engine
 
 
 def draw(directory: Path) -> None:

@@ -223,17 +223,17 @@ def _exit_code(workers: list[subprocess.Popen], failed: int | None, unresponsive
             _report(f"{signal.Signals(ending_signal).name} before there was anything new to save; "
                     "the same command goes on", 128 + ending_signal, run_dir)
         return 128 + ending_signal
-    reason, error = None, ""
+    reason, error, output = None, "", _output_of(failed or 0, run_dir)
     if code == _PEER and left:  # the others failed because they waited for this rank
         reason = f"rank {left[0]} left with 0 before its work was done; see {_output_of(left[0], run_dir)}"
     elif code == _PEER and unresponsive:
         rank, what = next(iter(unresponsive.items()))
         reason = f"rank {rank} {what}, and rank {failed} waited for it; see {_output_of(rank, run_dir)}"
     elif code < 0:
-        reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {_output_of(failed, run_dir)}"
+        reason = f"rank {failed} was ended by {signal.Signals(-code).name}; see {output}"
     elif code and workers[0].returncode != code:  # rank 0 has not reported it itself
-        reason = f"rank {failed} ended with code {code}; see {_output_of(failed, run_dir)}"
-        error = _last_error(Path(_output_of(failed, run_dir)))
+        reason = f"rank {failed} ended with code {code}; see {output}"
+        error = _last_error(Path(output))
     code = _PEER if code < 0 else code
     if reason:
         _report(reason, code, run_dir)

@@ -96,8 +96,8 @@ def _collect_nodes(node: Node, deadline: float) -> None:
                 for connection in ready:
                     if connection is not server:
                         _read_announcement(node, connection, unidentified, present)
-                    elif connection := _accept(server):
-                        unidentified[stack.enter_context(connection)] = b""
+                    elif accepted := _accept(server):
+                        unidentified[stack.enter_context(accepted)] = b""
                         if len(unidentified) > _MAX_UNIDENTIFIED:
                             _drop(next(iter(unidentified)), unidentified)
         except RendezvousError as error:
@@ -138,8 +138,8 @@ def _read_announcement(node: Node, connection: socket.socket, unidentified: dict
         return
     announced = _parsed(unidentified[connection]) or {}
     number, announced_sizes = announced.get("node"), (announced.get("nodes"), announced.get("nproc"))
-    if (announced.get("moetrain") != _PROTOCOL
-            or not all(type(value) is int for value in (number, *announced_sizes))):
+    if (announced.get("moetrain") != _PROTOCOL or type(number) is not int
+            or not all(type(value) is int for value in announced_sizes)):
         _drop(connection, unidentified)
         return
     del unidentified[connection]
@@ -208,8 +208,8 @@ def _report_to_head(node: Node, deadline: float) -> None:
         else:
             if said and said.get("go"):
                 return
-            if said and (error := _error_from_head(said.get("error"))):
-                raise error
+            if said and (refused := _error_from_head(said.get("error"))):
+                raise refused
             reason = "something answers, but it is not moetrain, or it has ended"
         time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
     raise unreachable(where, f"{reason}; tried for {node.timeout_s} s (RDZV_TIMEOUT)")

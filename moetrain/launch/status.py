@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from moetrain.errors import DiskError, MoETrainError
+from moetrain.errors import DiskError, MoETrainError, exit_code
 from moetrain.files import create, open_regular, open_to_append, parse_json, reason
 from moetrain.launch.rank import has_own_stderr, rank, under_torchrun
 from moetrain.runs.lock import RunLock
@@ -32,8 +32,8 @@ def record_ending(run_dir: Path) -> Iterator[None]:
             _append_to_log(run_dir, str(error))
         raise
     except (SystemExit, KeyboardInterrupt) as leaving:
-        code = 128 + signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else leaving.code
-        if isinstance(code, int) and code > 128:
+        code = exit_code(leaving)
+        if code > 128:
             record_early_exit(
                 run_dir, code, f"{signal.Signals(code - 128).name} before there was anything new to save")
         else:

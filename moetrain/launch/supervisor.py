@@ -48,7 +48,7 @@ def supervise(node: Node, argv: Sequence[str], run_dir: Path, grace_s: float | N
     Returns:
         The exit code of the run.
     """
-    status, ranks = StatusFile(run_dir), set()
+    status, ranks = StatusFile(run_dir), set[int]()
     with forward_signals() as signals:
         agent = subprocess.Popen(
             [sys.executable, "-m", "moetrain.launch.agent", str(os.getpid()), *_torchrun_options(node),
@@ -137,7 +137,7 @@ def _watch(agent: subprocess.Popen, latest: set[int], status: StatusFile, signal
     Returns:
         True where ranks had to be killed.
     """
-    forwarded, signaled, deadline = 0, set(), math.inf
+    forwarded, signaled, deadline = 0, set[int](), math.inf
     while agent.poll() is None:
         ranks = ranks_of(agent.pid)
         if len(signals) > forwarded:

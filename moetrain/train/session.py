@@ -22,7 +22,7 @@ from moetrain.comm.reduce import largest_over
 from moetrain.config.build import check_composed
 from moetrain.config.compose import run_dir
 from moetrain.config.schema import Config
-from moetrain.errors import ConfigError, MoETrainError, PeerError, Preempted
+from moetrain.errors import ConfigError, PeerError, Preempted, exit_code
 from moetrain.model.build import ConvertModel, check_model, computes_bfloat16
 from moetrain.plan.precision import choose_dtype
 from moetrain.runs.attempts import RunAttempts
@@ -196,8 +196,7 @@ def recorded_attempt(directory: Path, mesh: Mesh) -> Iterator[Callable[[int], No
         try:
             yield end
         except BaseException as error:
-            code = error.code if isinstance(error, (MoETrainError, SystemExit)) else 1
-            end(130 if isinstance(error, KeyboardInterrupt) else code)
+            end(exit_code(error))
             raise
         end(0)
 
