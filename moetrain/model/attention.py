@@ -1,8 +1,6 @@
-"""Grouped-query causal self-attention with rotary position embedding.
+"""Grouped-query causal self-attention with rotary position embedding (model/rotary.py).
 
-Rotary embedding in the half-split form: channels i and i + h/2 of a head are rotated together, by the angle
-position * theta^(-2i/h). The scaled dot product is torch's. With a document mask, attention stays inside each
-document of a sequence.
+The scaled dot product is torch's. With a document mask, attention stays inside each document of a sequence.
 
 Shapes: B sequences, S positions, D model width, H heads, h head width.
 """
@@ -13,30 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.model.norms import RMSNorm
 from moetrain.model.projection import Projection
-from moetrain.ops.rms_norm import rms_norm
-from moetrain.ops.start import Start, constant, residual_normal
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalization: x / rms(x) * weight, in the weight's dtype (float32 or better).
-
-    Args:
-        dim: size of the last dimension of x.
-        eps: added to the mean square before the root.
-    """
-
-    def __init__(self, *, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def starts(self) -> dict[str, Start]:
-        """How the weight starts."""
-        return {"weight": constant(1)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+from moetrain.model.rotary import rotate
+from moetrain.ops.start import Start, residual_normal
 
 
 class Earlier(Protocol):
@@ -109,54 +87,6 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads < self.num_heads
         )
         return self.out(mixed.transpose(1, 2).reshape(B, S, -1))
-
-
-def rotary_table(positions: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device,
-                 first: int = 0) -> tuple[Tensor, Tensor]:
-    """Compute the cosines and sines of rotary angles, in float64, then cast them.
-
-    Args:
-        positions: S.
-        head_dim: h.
-        theta: base of the frequencies.
-        dtype: dtype of the results.
-        device: device of the results.
-        first: the first position.
-
-    Returns:
-        cos and sin, [S, h] each.
-    """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    where = torch.arange(first, first + positions, dtype=torch.float64, device=device)
-    angles = torch.outer(where, frequencies).repeat(1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the channels of x [..., S, h] by the angles of their positions (`rotary_table`)."""
-    return _Rotate.apply(x, *rotary)
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation whose gradient is the rotation by the negative angle, computed by the same few products."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., :half])
-    return turned
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

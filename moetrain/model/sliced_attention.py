@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.model.attention import Earlier, rotate
+from moetrain.model.attention import Earlier
+from moetrain.model.rotary import rotate
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
 from moetrain.moe.experts import RoutedExperts

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from moetrain.model.attention import Attention, Cache, Earlier, RMSNorm, document_mask, rotary_table
+from moetrain.model.attention import Attention, Cache, Earlier, document_mask
 from moetrain.model.feed_forward import FeedForward
+from moetrain.model.norms import RMSNorm
+from moetrain.model.rotary import rotary_table
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import SparseLayer
 from moetrain.ops.start import Start, normal

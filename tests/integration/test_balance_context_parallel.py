@@ -17,7 +17,8 @@ from moetrain.comm.mesh import Group, build_mesh
 from moetrain.config.compose import compose
 from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
-from moetrain.model.attention import Attention, rotary_table
+from moetrain.model.attention import Attention
+from moetrain.model.rotary import rotary_table
 from moetrain.train import micro_batches as passes
 from moetrain.train.setup import set_up
 from moetrain.train.state import Run

@@ -30,7 +30,7 @@ from moetrain.comm.reduce import sum_over
 from moetrain.config.compose import compose
 from moetrain.losses.attached import attach
 from moetrain.losses.language import cross_entropy_sum
-from moetrain.model.attention import rotary_table
+from moetrain.model.rotary import rotary_table
 from moetrain.routers.stack import stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce
 from moetrain.train.metrics import pool

@@ -7,8 +7,9 @@ from torch import nn
 from moetrain.config.compose import compose, for_run
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError, ConfigError
-from moetrain.model.attention import Attention, RMSNorm
+from moetrain.model.attention import Attention
 from moetrain.model.build import head_width
+from moetrain.model.norms import RMSNorm
 from moetrain.model.transformer import Transformer
 from moetrain.train.evaluation.evaluate_run import evaluate_run
 from moetrain.train.loop import train

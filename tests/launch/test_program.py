@@ -20,7 +20,7 @@ def convert(model, config):
 if __name__ == "__main__":
     sys.exit(main(convert_model=convert))
 """
-LAYERS = """from moetrain.model.attention import RMSNorm
+LAYERS = """from moetrain.model.norms import RMSNorm
 
 def add_norm(model, config):
     norm = RMSNorm(dim=config.model.dim, eps=config.model.norm_eps)

@@ -5,50 +5,15 @@ import torch
 from torch import Tensor
 
 from moetrain.generate.cache import LayerKeyValues
-from moetrain.model.attention import Attention, RMSNorm, document_mask, rotary_table, rotate
+from moetrain.model.attention import Attention, document_mask
+from moetrain.model.rotary import rotary_table
+from tests.support.rotary import turned
 
 CPU, F64 = torch.device("cpu"), torch.float64
 
 
 def table(positions: int, width: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
     return rotary_table(positions, width, theta, dtype=F64, device=CPU)
-
-
-def turned(x: Tensor, theta: float = 100.0) -> Tensor:
-    """Channels i and i + h/2 as one complex number, times e^(i position angle)."""
-    half = x.shape[-1] // 2
-    angles = (torch.arange(x.shape[-2], dtype=F64)[:, None]
-              * theta ** (-2 * torch.arange(half, dtype=F64) / x.shape[-1]))
-    z = (torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous())
-         * torch.polar(torch.ones_like(angles), angles))
-    return torch.cat([z.real, z.imag], -1)
-
-
-@pytest.mark.parametrize("positions, width", [(0, 4), (1, 2), (7, 6)])
-def test_rotating_is_a_complex_product(positions, width):
-    x = torch.randn(2, 3, positions, width, dtype=F64, requires_grad=True)
-    ours, truth = rotate(x, table(positions, width)), turned(x)
-    torch.testing.assert_close(ours, truth)
-    grad = torch.randn_like(ours)
-    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (ours, truth)))
-
-
-def test_rotating_passes_gradcheck():
-    x = torch.randn(1, 2, 3, 4, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: rotate(x, table(3, 4)), x)
-
-
-def test_scores_depend_on_the_distance_alone():
-    q, k = torch.randn(2, 8, dtype=F64)
-    q_Sh, k_Sh = (rotate(t.expand(9, 8), table(9, 8)) for t in (q, k))
-    scores = q_Sh @ k_Sh.T
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1])
-    assert (scores[5, 5] - scores[5, 0]).abs() > 1e-3
-
-
-def test_angles_are_exact_at_late_positions():
-    cos, _ = rotary_table(50_000, 2, 1e4, dtype=torch.float32, device=CPU)
-    torch.testing.assert_close(cos[-1, 0], torch.tensor(49_999.0, dtype=F64).cos().float(), rtol=0, atol=0)
 
 
 def attention(heads: int, kv_heads: int, *, qk_norm: bool = False) -> Attention:
@@ -132,11 +97,3 @@ def test_positions_one_by_one_after_the_first_give_what_all_at_once_give(heads, 
         parts.append(module(x_BSD[:, position:position + 1], rotary, None, earlier))
     torch.testing.assert_close(torch.cat(parts, 1), module(x_BSD, table(5, 4), None))
     assert earlier.length == 5 and earlier.k_BHSh[:, :, 5:].isnan().all()
-
-
-def test_bfloat16_norms_are_computed_in_float32():
-    norm = RMSNorm(dim=64, eps=1e-6)
-    torch.nn.init.ones_(norm.weight)
-    x = torch.randn(3, 64).bfloat16()
-    truth = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert torch.equal(norm(x), truth.float().bfloat16())

@@ -6,8 +6,9 @@ import torch
 
 from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
-from moetrain.model.attention import Attention, document_mask, rotary_table
+from moetrain.model.attention import Attention, document_mask
 from moetrain.model.flops import training_flops
+from moetrain.model.rotary import rotary_table
 from moetrain.model.sliced_attention import SlicedAttention
 from moetrain.routers.base import RouterContext
 from tests.support.layer_equations import array, first_block, softmax
