@@ -225,7 +225,6 @@ COVERS = {
     "losses/test_load_balance": "losses/base",
     "losses/test_pooled_slopes": "losses/{hetero_lbl,l1_lb,null_lbl}",
     "losses/test_scoped": "losses/{first_choice,importance,load}",
-    "model/test_projection": "model/feed_forward",
     "model/test_residual": "model/architecture",
     "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
     "moe/test_expert_form": "moe/normalized_expert",

@@ -27,6 +27,8 @@ def beside_experts(sizes: ModelConfig, layer: int) -> Shapes:
     """
     width = sizes.dim
     shapes = _feed_forward("shared", width, shared_width(sizes, layer))
+    if shapes and sizes.shared_gate:
+        shapes["shared.gate.weight"] = (1, width)
     if sizes.block == "residual":
         shapes |= _feed_forward("residual.dense", width, residual_width(sizes, layer))
         if sizes.residual_mixing == "learned":

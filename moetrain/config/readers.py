@@ -30,6 +30,7 @@ _MUON, _POOLED = "optim=muon", "balance=global|node"
 READ_WITH: dict[str, tuple[str, ...]] = {
     "model.dense_dim": ("model.first_dense_layers>0 or model.moe_layers!=null or model.num_experts has 0",),
     "model.shared_dim": ("model.num_shared_experts>0",),
+    "model.shared_gate": ("model.num_shared_experts>0",),
     "model.residual_mixing": ("model.block=residual",),
     "model.latent_dim": ("model.block=latent",),
     "model.num_attention_experts": ("model.attention=experts",),

@@ -74,6 +74,8 @@ class ModelConfig:
     num_shared_experts: int = key(0, "experts that every token visits")
     shared_dim: int | None = key(
         None, "hidden width of all shared experts together; num_shared_experts * expert_dim when null")
+    shared_gate: bool = key(
+        False, "a token multiplies the shared experts' output by a sigmoid of its own (Qwen1.5-MoE, Qwen2)")
     moe_layers: str | list[int] | None = key(
         None, "layers with experts, numbered from 0: a list, every_4 (3, 7, 11, ...) or every_4_from_0 (0, "
         "4, 8, ...); the others are dense; null: all but model.first_dense_layers")

@@ -255,6 +255,8 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
         numbers += scores + slot_rows + (1 if item >= 4 else 4) * queries
     if sizes.attention == "sliced":                              # and the mask of each head, in the dtype
         numbers += sizes.num_heads * seq_len + slot_rows + (2 if item >= 4 else 3) * queries
+    if kind.dense_dim is None and sizes.num_shared_experts and sizes.shared_gate:
+        numbers += passes * (1 if item >= 4 else 3) * width      # the output, and x as it was cast
     if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":
         numbers += (2 if item >= 4 else 4) * width               # both outputs, and x as it was cast
     return item * numbers + 5 * max(item, 4) * scores + 4 * sizes.num_heads + choices + decided

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from moetrain.config.architecture import expert_width, residual_width
 from moetrain.config.layer_pattern import shared_width
 from moetrain.config.schema import Config
-from moetrain.model.feed_forward import SharedExpert
+from moetrain.model.feed_forward import GatedSharedExpert, SharedExpert
 from moetrain.model.latent import LatentSpace
 from moetrain.model.residual import MixedResidual, SummedResidual
 from moetrain.model.sliced import SliceWeights
@@ -96,5 +96,7 @@ def _surrounded(parts: LayerParts, **wrappers: LayerWrapper) -> MoELayer:
 
 def _shared(parts: LayerParts) -> dict[str, LayerWrapper]:
     """Build the shared experts, if there are any."""
-    dim, hidden_dim = parts.config.model.dim, shared_width(parts.config.model, parts.layer)
-    return {"shared": SharedExpert(dim=dim, hidden_dim=hidden_dim)} if hidden_dim else {}
+    sizes = parts.config.model
+    hidden_dim = shared_width(sizes, parts.layer)
+    shared = GatedSharedExpert if sizes.shared_gate else SharedExpert
+    return {"shared": shared(dim=sizes.dim, hidden_dim=hidden_dim)} if hidden_dim else {}

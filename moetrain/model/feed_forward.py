@@ -1,10 +1,14 @@
 """Dense SwiGLU network: the feed-forward part of dense layers, and the shared expert of sparse ones.
 
     y = down( silu(gate x) * (up x) )
+    y = sigmoid(x g) * down( silu(gate x) * (up x) )      with a gate g [D] (Qwen1.5-MoE, Qwen2-MoE)
+
+Qwen's code has the gate in the dtype of the model. Here it is in float32 or better, as gate weights are.
 
 Shapes: T tokens, D model width, F hidden width.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.model.projection import Projection
@@ -49,3 +53,15 @@ class SharedExpert(FeedForward, LayerWrapper):
     def leaving(self, out_TD: Tensor, x_TD: Tensor, routing: Routing, beside_TD: Tensor | None) -> Tensor:
         assert beside_TD is not None
         return out_TD + beside_TD
+
+
+class GatedSharedExpert(SharedExpert):
+    """Shared expert whose output each token multiplies by a gate between 0 and 1. Arguments as above."""
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__(dim=dim, hidden_dim=hidden_dim)
+        self.gate = Projection(in_dim=dim, out_dim=1)
+
+    def beside(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        logit_T1 = F.linear(x_TD.to(self.gate.weight.dtype), self.gate.weight)
+        return (logit_T1.sigmoid() * self(x_TD)).to(x_TD.dtype)

@@ -23,6 +23,8 @@ In training, the decision may be random. Without these options, and in evaluatio
 
 Statistics are those of p without noise. Implementations of sample draw in evaluation, too.
 
+With `logit_bias` z = x W^T + b, with a b [E] that is learned like W, from 0 (GPT-OSS, 2508.10925).
+
 Padding chooses nothing. top_k = 1 with renormalized weights has no gradient of the cross-entropy;
 config/rules refuses it. The choice may be limited to a few groups of experts (routers/groups.py). With
 `balance=quantile` the k largest p + b are chosen, by a bias b that balances the loads (routers/quantile.py);
@@ -61,6 +63,7 @@ class TopKRouter(BiasedRouter):
         second_expert: how the second of two experts is chosen in training: top, sample or random.
         balance: what balances the choice: none, or quantile, a bias that follows quantiles of margins.
         quantile_rate: with balance=quantile, share of the way to the quantile that a step moves the bias.
+        logit_bias: add a learned bias to the logits.
         num_groups: number of groups of experts; 1 is no limit.
         topk_groups: number of groups that a token may use.
         group_score: score of a group: top2, the sum of its two best scores; max, its best.
@@ -76,6 +79,7 @@ class TopKRouter(BiasedRouter):
                  noise: Literal["none", "gumbel", "normal", "vmoe"] = "none",
                  second_expert: Literal["top", "sample", "random"] = "top",
                  balance: Literal["none", "quantile"] = "none", quantile_rate: float = 1.0,
+                 logit_bias: bool = False,
                  num_groups: int = 1, topk_groups: int = 1,
                  group_score: Literal["top2", "max"] = "max") -> None:
         assert balance in ("none", "quantile"), balance
@@ -93,10 +97,19 @@ class TopKRouter(BiasedRouter):
         if noise == "normal":
             self.noise_weight = nn.Parameter(torch.empty(num_experts, dim))
             self.choice_tensors = self.choice_tensors | {"noise_weight"}
+        self.logit_bias = nn.Parameter(torch.empty(num_experts)) if logit_bias else None
+        if logit_bias:
+            self.choice_tensors = self.choice_tensors | {"logit_bias"}
 
     def starts(self) -> dict[str, Start]:
         learned: dict[str, Start] = {"noise_weight": constant(0)} if self.noise == "normal" else {}
+        if self.logit_bias is not None:
+            learned["logit_bias"] = constant(0)
         return {**super().starts(), **learned}
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        logits_TE = super().logits(x_TD)
+        return logits_TE if self.logit_bias is None else logits_TE + self.logit_bias
 
     def route(self, x_TD: Tensor, context: RouterContext) -> Routing:
         """Choose experts for the tokens [T, D], or for tokens with jitter."""

@@ -27,6 +27,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.block=chain", "model.chain_rounds=3", "model.num_shared_experts=1"],
           ["model.attention=sliced", "model.num_kv_heads=4", "model.top_k_heads=1"],
           ["model.attention=experts", "model.num_attention_experts=6"],
+          ["model.num_shared_experts=4", "model.shared_dim=40", "model.shared_gate=true"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 
@@ -73,6 +74,8 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
                           ["run.dtype=bfloat16", "model.attention=experts"],
                           ["run.dtype=bfloat16", "model.attention=sliced", "model.num_kv_heads=8"],
                           ["run.dtype=bfloat16", "model.block=residual"],
+                          ["run.dtype=bfloat16", "model.num_shared_experts=1", "model.shared_gate=true"],
+                          ["run.dtype=bfloat16", "expert=gpt_oss"],
                           ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
                                    ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],
                          ids=lambda words: " ".join(words[:2]))

@@ -40,7 +40,7 @@ MESHES = {
 OWN = ["run.packages=[tests]"]
 FORMS = {
     "biased": [*OWN, "expert._target_=tests.support.expert_forms.BiasedExpert"],
-    "clamped": [*OWN, "expert._target_=tests.support.expert_forms.ClampedExpert"],
+    "gpt_oss": ["expert=gpt_oss", "expert.limit=0.1", "router.logit_bias=true"],
     "ternary": [*OWN, "expert._target_=tests.support.expert_forms.TernaryExpert"],
     "widths": ["model.expert_dim=[16,24]", "model.num_shared_experts=1", "model.shared_dim=20"],
     "biased, frozen": [*OWN, "expert._target_=tests.support.expert_forms.BiasedExpert",
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 PAIRS = [
-    Case("ddp", "clamped", "muon", "selective"),
+    Case("ddp", "gpt_oss", "muon", "selective"),
     Case("chunks", "widths", "adamw", "selective", 2),
     Case("fsdp by rows", "biased", "adamw", "full", 2),
     Case("ep_fsdp", "ternary", "adamw", "selective", 1),
@@ -69,6 +69,8 @@ PAIRS = [
     Case("fssdp, chunks, gathered again", "biased, frozen", "adamw", "none", 2),
     Case("fssdp, two levels, gathered again", "ternary", "adamw", "full"),
     Case("fssdp, sliced", "biased, partly frozen", "adamw", "none"),
+    Case("fssdp, sliced", "gpt_oss", "adamw", "selective", 2),
+    Case("chunks", "gpt_oss", "adamw", "full"),
 ]
 FACTORS = [list(MESHES), list(FORMS), ["adamw", "muon"], ["none", "selective", "full"], [1, 2]]
 

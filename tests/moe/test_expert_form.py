@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.bank import ExpertBank
+from moetrain.moe.clamped_swiglu import ClampedSwiglu
 from moetrain.moe.expert_form import ExpertForm, SwigluExpert
 from moetrain.moe.normalized_expert import NormalizedExpert
 from moetrain.ops import expert_linear, grouped_experts
@@ -12,7 +13,6 @@ from moetrain.ops.grouped_gemm import grouped_outer
 from moetrain.ops.permute import plan_permutation, unpermute
 from tests.support.expert_forms import (
     BiasedExpert,
-    ClampedExpert,
     TernaryExpert,
     TwoMatrixExpert,
     reference,
@@ -24,7 +24,7 @@ FORMS = {
     **{name: TwoMatrixExpert(dim=DIM, expert_dim=EXPERT_DIM, activation=name)
        for name in ("gelu", "relu", "squared_relu")},
     "biased": BiasedExpert(dim=DIM, expert_dim=EXPERT_DIM),
-    "clamped": ClampedExpert(dim=DIM, expert_dim=EXPERT_DIM),
+    "gpt_oss": ClampedSwiglu(dim=DIM, expert_dim=EXPERT_DIM, limit=0.7),
     "ternary": TernaryExpert(dim=DIM, expert_dim=EXPERT_DIM),
     "normalized": NormalizedExpert(dim=DIM, expert_dim=EXPERT_DIM),
 }

@@ -56,6 +56,19 @@ def test_renormalising_is_the_softmax_of_the_chosen_logits():
     torch.testing.assert_close(renorm.weights_TK.sum(1), torch.ones(9, dtype=torch.float64))
 
 
+def test_a_learned_bias_is_part_of_the_logits_whoever_computes_them():
+    router, x_TD = TopKRouter(dim=3, num_experts=6, top_k=2, logit_bias=True).double(), tokens(9)
+    assert "logit_bias" in router.choice_tensors
+    with torch.no_grad():
+        router.weight.normal_(generator=torch.Generator().manual_seed(0))
+        router.logit_bias.normal_(generator=torch.Generator().manual_seed(2))
+    chosen_TK, ids_TK = (x_TD @ router.weight.T + router.logit_bias).topk(2)
+    by_op = router.route_in_one(router.logits(x_TD), router.op_rule, CONTEXT)
+    for routing in (router.route(x_TD, CONTEXT), by_op):
+        assert routing.ids_TK.equal(ids_TK)
+        torch.testing.assert_close(routing.weights_TK, chosen_TK.softmax(-1))
+
+
 def test_equal_scores_go_to_the_lower_ids():
     router = router_of(experts=5, k=3)
     torch.nn.init.zeros_(router.weight)

@@ -22,7 +22,9 @@ NEEDS = {"sparsemixer": ["model.top_k=2"], "expert_choice": ["eval.allow_noncaus
 # Overrides with which a router is tried besides its defaults, by its option.
 QUANTILE = ["router.balance=quantile"]
 VARIANTS = {
-    "topk": [LIMITED, QUANTILE, ["router.noise=normal", "router.jitter_eps=0.1", "loss=[z,importance,load]"],
+    "topk": [LIMITED, QUANTILE,
+             ["router.noise=normal", "router.jitter_eps=0.1", "router.logit_bias=true",
+              "loss=[z,importance,load]"],
              ["model.top_k=2", "router.noise=vmoe", "router.second_expert=random", "loss=[z,first_choice]"],
              ["model.top_k=2", "router.noise=gumbel", "router.second_expert=sample", "router.jitter_eps=0.1",
               "router.jitter_scope=layer"]],
@@ -78,6 +80,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "latent": ("model.block=latent", "model.latent_dim=6", "model.num_shared_experts=1"),
     "sliced": ("model.block=sliced", "router.weights=raw"),
     "normalized": ("expert=normalized",),
+    "gpt_oss": ("expert=gpt_oss", "expert.limit=0.1", "router.logit_bias=true"),
+    "qwen2_moe": ("model.num_shared_experts=1", "model.shared_dim=12", "model.shared_gate=true",
+                  "router.weights=raw"),
     "sliced_attention": ("model.attention=sliced", "model.block=sliced", "model.num_kv_heads=4",
                          "router.weights=raw"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",

@@ -1,11 +1,11 @@
 """Forms of experts that exist for tests only: each needs something of the interface that SwiGLU does not."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.config.schema import Config
 from moetrain.model.transformer import Transformer
+from moetrain.moe.clamped_swiglu import ClampedSwiglu
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import MoEOutput, SparseLayer
@@ -40,25 +40,6 @@ class BiasedExpert(ExpertForm):
 
     def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
         hidden_RF = F.gelu(experts.linear("up", x_RD) + experts.vectors("up_bias", x_RD))
-        out_RD = experts.linear("down", weighted(hidden_RF, weights_R))
-        return out_RD + weighted(experts.vectors("down_bias", x_RD), weights_R)
-
-
-class ClampedExpert(ExpertForm):
-    """GPT-OSS: biases, clamps, and silu with a slope of 1.702 beside up + 1."""
-
-    SHAPES = {"gate_up": ("2F", "D"), "gate_up_bias": ("2F",), "down": ("D", "F"), "down_bias": ("D",)}
-    LIMIT, SLOPE = 0.7, 1.702
-
-    def starts(self) -> dict[str, Start]:
-        return {"gate_up": normal(), "down": residual_normal(),
-                "gate_up_bias": normal(), "down_bias": normal()}
-
-    def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
-        gate_up_RG = experts.linear("gate_up", x_RD) + experts.vectors("gate_up_bias", x_RD)
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-        gate_RF, up_RF = gate_RF.clamp(max=self.LIMIT), up_RF.clamp(-self.LIMIT, self.LIMIT)
-        hidden_RF = gate_RF * torch.sigmoid(self.SLOPE * gate_RF) * (up_RF + 1)
         out_RD = experts.linear("down", weighted(hidden_RF, weights_R))
         return out_RD + weighted(experts.vectors("down_bias", x_RD), weights_R)
 
@@ -136,9 +117,9 @@ def reference(form: ExpertForm, x: Tensor, weight: Tensor, own: dict[str, Tensor
         own: parameters of the expert, by name. Where the form quantizes them, so does this.
     """
     w = weight[..., None]
-    if isinstance(form, ClampedExpert):
+    if isinstance(form, ClampedSwiglu):
         gate, up = (x @ own["gate_up"].T + own["gate_up_bias"]).chunk(2, -1)
-        gate, up = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
         return w * ((gate / (1 + (-1.702 * gate).exp()) * (up + 1)) @ own["down"].T + own["down_bias"])
     if isinstance(form, BiasedExpert):
         return w * (F.gelu(x @ own["up"].T + own["up_bias"]) @ own["down"].T + own["down_bias"])
