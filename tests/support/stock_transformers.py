@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -36,17 +37,21 @@ def config_of(family: str, name: str, **values: Any) -> Any:
 def in_float64(made: nn.Module) -> nn.Module:
     """Let a module of transformers compute in float64 throughout."""
     for each in made.double().modules():
-        forward = inspect.unwrap(type(each).forward)
-        if type(each).__module__.startswith("transformers."):
-            source = textwrap.dedent(inspect.getsource(forward))
-            if any(cast in source for cast in _CASTS):
-                each.forward = MethodType(_rewritten(forward, source), each)
+        forward = _rewritten(type(each))
+        if forward is not None:
+            each.forward = MethodType(forward, each)
     return made
 
 
-def _rewritten(forward: Any, source: str) -> Any:
+@cache
+def _rewritten(cls: type[nn.Module]) -> Any:
+    """The forward of a class of transformers with other dtypes; None where it casts nowhere."""
+    forward = inspect.unwrap(cls.forward)
+    source = textwrap.dedent(inspect.getsource(forward)) if cls.__module__.startswith("transformers.") else ""
+    if not any(cast in source for cast in _CASTS):
+        return None
     for narrow, wide in _CASTS.items():
         source = source.replace(narrow, wide)
-    namespace = dict(vars(sys.modules[forward.__module__]))
-    exec(source, namespace)  # the installed package's own code, with other dtypes
+    namespace = dict(vars(sys.modules[cls.__module__]))
+    exec(source, namespace)  # the installed package's own code
     return namespace[forward.__name__]
