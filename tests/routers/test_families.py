@@ -71,7 +71,8 @@ FAMILIES = {
        for norm in (True, False)},
     "granitemoe": Family("granitemoe", "GraniteMoeTopKRouter", {"weights": "softmax_of_topk"}),
     "gpt_oss": Family("gpt_oss", "GptOssTopKRouter", {"weights": "softmax_of_topk", "logit_bias": True}),
-    "deepseek_v2, greedy": Family("deepseek_v2", "DeepseekV2TopkRouter", RAW, {"topk_method": "greedy"}, True),
+    "deepseek_v2, greedy": Family("deepseek_v2", "DeepseekV2TopkRouter", RAW, {"topk_method": "greedy"},
+                                  True),
     "deepseek_v2, groups": Family("deepseek_v2", "DeepseekV2TopkRouter", {**RAW, "group_score": "max"},
                                   {"topk_method": "group_limited_greedy"}, True, True),
     **{f"{family}, norm_topk_prob={norm}": Family(family, f"{name}TopkRouter", RENORM if norm else RAW,
@@ -173,7 +174,7 @@ def test_weights_and_gradients_are_those_of_transformers(family: Family) -> None
 
 
 def test_an_excluded_group_is_never_chosen_however_low_the_scores() -> None:
-    """DeepSeek's inference code and transformers 5 exclude by -inf, transformers 4 by 0.
+    """DeepSeek's inference code and transformers 5.24 exclude by -inf, earlier transformers by 0.
 
     With 0 an excluded expert outranks an allowed one whose score with bias is negative, so the two differ
     where fewer than K allowed experts have a positive one: after many updates against overloaded experts.
