@@ -1,0 +1,5 @@
+"""Public model families, by the model_type of their `config.json`."""
+
+from moetrain.interop.huggingface.families.registry import FAMILIES
+
+__all__ = ["FAMILIES"]

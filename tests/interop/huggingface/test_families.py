@@ -1,0 +1,103 @@
+"""Models of stock transformers are the same function here, forward and backward, and on the way back.
+
+transformers computes norms and weights of routers in float32, so both are compared in float32.
+"""
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.config.compose import compose
+from moetrain.interop.huggingface.families import FAMILIES
+from moetrain.model.build import weights_on_meta
+from moetrain.parallel.state_shards import state_shards
+from tests.support import needs
+from tests.support.public_models import (
+    OF_FAMILY,
+    Stock,
+    logits_of,
+    ours,
+    run_config,
+    stock,
+    to_ours,
+    to_theirs,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+EVERY = sorted(OF_FAMILY)
+
+
+@cache
+def made(model_type: str) -> Stock:
+    needs.module("transformers", "hf")
+    return stock(model_type, Path(mkdtemp()))
+
+
+def tokens(rows: int = 3, positions: int = 13) -> Tensor:
+    return torch.randint(0, 48, (rows, positions), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_logits_and_every_gradient_are_those_of_transformers(family: str) -> None:
+    theirs = made(family)
+    config = run_config(theirs.config)
+    mine = ours(config, to_ours(config, theirs.tensors, family))
+    slopes = torch.randn(3, 13, 48, generator=torch.Generator().manual_seed(2))
+    theirs.model.zero_grad()
+    expected = theirs.model(tokens()).logits
+    (expected * slopes).sum().backward()
+    found = logits_of(mine, tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (found * slopes).sum().backward()
+    gradients = {f"model.{shard.name}": shard.rows for shard in state_shards(mine, lambda one: one.grad)}
+    named = dict(theirs.model.named_parameters())
+    checked = 0
+    for name, gradient in to_theirs(config, _with_buffers(gradients, mine), family).items():
+        if name in named:
+            wanted = named[name].grad
+            error = (gradient - wanted).norm() / wanted.norm().clamp(min=1e-6)
+            assert error < 1e-4, (name, float(error))
+            checked += 1
+    assert checked
+
+
+def _with_buffers(gradients: dict[str, Tensor], model) -> dict[str, Tensor]:
+    return gradients | {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_import_then_export_is_the_identity(family: str) -> None:
+    theirs = made(family)
+    config = run_config(theirs.config)
+    back = to_theirs(config, to_ours(config, theirs.tensors, family), family)
+    assert back.keys() == theirs.tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.tensors.items())
+    original = {**theirs.config, "unknown_key": {"kept": [1]}}
+    assert FAMILIES[family].write_config(config, 48, original) == original
+    assert FAMILIES[family].refusals(config) == []
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_names_are_complete_on_both_sides(family: str) -> None:
+    theirs = made(family)
+    config = run_config(theirs.config)
+    shapes = {name: shard.shape for name, shard in weights_on_meta(config, 48).items()}
+    found: dict[str, tuple[int, ...]] = {}
+    mine = []
+    for maps in FAMILIES[family].tensor_maps(config, 48):
+        for one in maps:
+            found |= one.shapes_of_theirs(shapes)
+            mine += one.ours
+    assert sorted(mine) == sorted(shapes)
+    assert found == {name: tuple(tensor.shape) for name, tensor in theirs.tensors.items()}
+
+
+def test_a_config_without_counterpart_is_refused_by_its_keys() -> None:
+    config = compose(["data=synthetic", "router=sigmoid", "model.block=latent", "capacity=prob",
+                      "model.num_shared_experts=1"])
+    keys = {key for key, why in FAMILIES["mixtral"].refusals(config)}
+    assert {"router._target_", "model.block", "capacity", "model.num_shared_experts"} <= keys
