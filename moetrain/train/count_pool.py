@@ -59,14 +59,15 @@ class CountAllReduce:
 
         The first counts of each router are taken: a block that is recomputed in backward reports them again.
         """
-        told: dict[str, RoutingStats] = {}
+        told, known = dict[str, RoutingStats](), set[str]()
 
         def on_counts(router: str, stats: RoutingStats) -> None:
-            if router not in told:
+            if router not in known:
+                known.add(router)
                 told[router] = stats
                 if len(told) == len(self.routers):
                     self._add({router: told[router] for router in self.routers})
-                    told.update(dict.fromkeys(told))     # known, and no graph is held
+                    told.clear()                         # no graph is held
 
         return on_counts
 
@@ -136,6 +137,7 @@ class AccumulatedCounts:
             return counts_L
         if self.mode == "buffer" or last:
             return self.total_L.clone()
+        assert self.prior is not None, "counts of the previous step are kept in mode warm"
         return self.prior.complete(self.total_L, self.tokens)
 
 

@@ -103,7 +103,7 @@ def open_on_ranks(config: Config, directory: Path, mesh: Mesh, prepared: Path | 
             return opened(TokenIndexes(folder, use="keep" if batch.size == 1 else "share", progress=progress))
 
     first = on_first(batch, read)
-    fingerprint = told_by_first(batch, first and first.fingerprint)
+    fingerprint = told_by_first(batch, None if first is None else first.fingerprint)
     return all_or_none(
         batch, lambda: first or _same(opened(TokenIndexes(folder, use="take")), fingerprint, folder))
 

@@ -123,7 +123,7 @@ class MarginQuantiles:
             up_to_LB = self._arrived().cumsum(1, dtype=torch.int32)
         if self._rank_L is None:
             self._rank_L = torch.cat([
-                values_E * router.margin_quantile[0] // router.margin_quantile[1]
+                _rank_of(router.margin_quantile, values_E)
                 for router, values_E in self._by_router(num_finite(up_to_LB)).items()]).int()
         self._base_L = next_base(up_to_LB, self._base_L, self._rank_L, self._digit)
         self._digit += 1
@@ -143,3 +143,9 @@ class MarginQuantiles:
 
     def _missing(self) -> Tensor:
         raise AssertionError(f"{self.parts} micro-batches have not told all margins")
+
+
+def _rank_of(quantile: tuple[int, int] | None, values_E: Tensor) -> Tensor:
+    """Rank of a quantile among so many values: int64 [E]."""
+    assert quantile is not None, "routers without a quantile are not asked"
+    return values_E * quantile[0] // quantile[1]

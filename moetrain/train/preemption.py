@@ -40,8 +40,7 @@ log = logging.getLogger(__name__)
 
 def cause(number: int) -> str:
     """Name of a signal for messages, such as `SIGINT (Ctrl-C)`."""
-    number = signal.Signals(number)
-    return CAUSES.get(number, number.name)
+    return CAUSES.get(signal.Signals(number), signal.Signals(number).name)
 
 
 def in_main_thread() -> bool:
@@ -127,7 +126,9 @@ class Preemption:
                         self._told(signal.Signals(number))
                 self._reads.settimeout(self._left())
         except TimeoutError:
-            self._leave(f"{cause(self.requested)} came {self.grace_s:g} s ago and the save is not done")
+            assert self.requested is not None              # without a request nothing limits the wait
+            self._leave(self.requested,
+                        f"{cause(self.requested)} came {self.grace_s:g} s ago and the save is not done")
         finally:
             self._reads.close()
 
@@ -141,7 +142,8 @@ class Preemption:
                 cause(number))).start()
         # A repeated SIGHUP is no second request: the kernel and the shell both send it.
         elif number != signal.SIGHUP and time.monotonic() >= self._told_at + ECHO_S:
-            self._leave(f"{cause(number)} came after {cause(self.requested)}: left at once, without a save")
+            self._leave(self.requested, f"{cause(number)} came after {cause(self.requested)}: "
+                                        "left at once, without a save")
 
     def _left(self) -> float | None:
         """Remaining seconds of the grace period; None if nothing limits the wait."""
@@ -150,9 +152,9 @@ class Preemption:
         # A timeout of 0 would make the socket non-blocking.
         return max(self._told_at + self.grace_s - time.monotonic(), 1e-3)
 
-    def _leave(self, reason: str) -> None:
-        """Exit without unwinding, after `leaving` has recorded it or LEAVE_S seconds have passed."""
-        code = 128 + self.requested
+    def _leave(self, first: int, reason: str) -> None:
+        """Exit by the first signal, without unwinding, once `leaving` has recorded it or LEAVE_S are over."""
+        code = 128 + first
         last_words = threading.Thread(target=self.leaving, args=(code, reason), daemon=True)
         last_words.start()
         last_words.join(LEAVE_S)
@@ -180,7 +182,7 @@ def _is_debuggers(number: int) -> bool:
     """
     if number != signal.SIGINT:
         return False
-    main = sys._current_frames().get(threading.main_thread().ident)
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
     return signal.getsignal(number) is not _on_signal or _is_debugging(main)
 
 

@@ -89,8 +89,7 @@ class Recorder:
                     lambda: self._look_for_lost(run.state.step if resumed else 0) if self.main else None)
         files = {"config.yaml": to_yaml(with_absolute_paths(self.config)),
                  "env.json": json.dumps(environment(run), indent=1)}
-        _on_all(run.mesh, self.directory,
-                lambda: [_replace(self.directory / name, text) for name, text in files.items()])
+        _on_all(run.mesh, self.directory, lambda: _replace_all(self.directory, files))
         all_or_none(run.mesh["batch"], lambda: self._open(run, resumed) if self.main else None)
 
     def _look_for_lost(self, step: int) -> None:
@@ -212,17 +211,18 @@ class Recorder:
         return flat.cpu().split(list(self.routers.values()))
 
 
-def _on_all(mesh: Mesh, directory: Path, action: Callable[[], object]) -> None:
+def _on_all(mesh: Mesh, directory: Path, action: Callable[[], None]) -> None:
     """Run `action` on rank 0; an OSError ends all ranks with a DiskError. Collective."""
-    on_all(mesh, lambda: action() if mesh.is_main else None, lambda why: DiskError(
+    on_all(mesh, action if mesh.is_main else lambda: None, lambda why: DiskError(
         3, "the run's directory cannot be written", where=str(directory), why=why,
         next="make it writable, or choose another with run.dir"))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Replace a file's text atomically: a kill or a full disk leaves the old content."""
-    with replace_atomically(path) as file:
-        file.write(text.encode())
+def _replace_all(directory: Path, files: dict[str, str]) -> None:
+    """Replace the texts of files atomically, one by one: a kill or a full disk leaves the old content."""
+    for name, text in files.items():
+        with replace_atomically(directory / name) as file:
+            file.write(text.encode())
 
 
 def _probe(directory: Path) -> None:

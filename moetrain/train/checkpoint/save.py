@@ -86,7 +86,7 @@ class Saver:
         """
         began = time.perf_counter()
         before = self.finish()
-        if time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
+        if before is not None and time.perf_counter() - began > UNNOTICED_S and self.mesh.is_main:
             log.warning("step %d was to be saved while the save of step %d was still under way; "
                         "training waited %.1f s: checkpoint.interval is short for this disk",
                         state.step, before.step, time.perf_counter() - began)
@@ -106,7 +106,7 @@ class Saver:
         Clocks differ, so ranks must sum it before they act on it.
         """
         minutes = self.config.every_minutes
-        return int(bool(minutes) and self.job is None and time.monotonic() - self.began >= 60 * minutes)
+        return int(bool(minutes and self.job is None and time.monotonic() - self.began >= 60 * minutes))
 
     def poll(self) -> SaveFlags:
         """How this rank's part of the save stands; no flag while it is under way or absent.
@@ -126,18 +126,18 @@ class Saver:
         Returns:
             The outcome once a save has ended.
         """
-        ranks = self.mesh["batch"].size
-        if self.job is None or summed.done + summed.failed < ranks:
+        job = self.job
+        if job is None or summed.done + summed.failed < self.mesh["batch"].size:
             return None
         if summed.failed:
-            return self._failed()
-        if not self.job.committing:
-            self.job.committing = True
+            return self._failed(job)
+        if not job.committing:
+            job.committing = True
             if self.mesh.is_main:
-                self.job.start(self._commit)
+                job.start(self._commit)
             return None
         self.failed_in_a_row, self.failed = 0, None
-        return self._ended(self.job.final)
+        return self._ended(job, job.final)
 
     def finish(self, *, required: bool = False) -> Saved | None:
         """Wait for the save under way, if there is one. Collective.
@@ -164,10 +164,9 @@ class Saver:
             _clear(job.temporary)
             raise
 
-    def _failed(self) -> Saved:
+    def _failed(self, job: "_SaveJob") -> Saved:
         """End a save that failed on a rank, once all ranks have ended. Rank 0 removes what was written."""
-        job = self.failed = self.job
-        self.failed_in_a_row += 1
+        self.failed, self.failed_in_a_row = job, self.failed_in_a_row + 1
         if self.mesh.is_main:
             _clear(job.temporary)
         limit = self.config.max_failed_saves
@@ -175,7 +174,7 @@ class Saver:
             log.warning("the save of step %d failed (%d of %d in a row): %s; "
                         "the older checkpoints are as they were",
                         job.step, self.failed_in_a_row, limit, job.reason())
-        outcome = self._ended(None)
+        outcome = self._ended(job, None)
         if self.failed_in_a_row >= limit:
             self._stop(job, DiskError(
                 5, f"{self.failed_in_a_row} saves in a row have failed", where=str(self.directory),
@@ -184,8 +183,8 @@ class Saver:
                      "checkpoint.max_failed_saves sets the patience"))
         return outcome
 
-    def _ended(self, path: Path | None) -> Saved:
-        job, self.job = self.job, None
+    def _ended(self, job: "_SaveJob", path: Path | None) -> Saved:
+        self.job = None
         return Saved(job.step, path, time.perf_counter() - job.began, job.held_s)
 
     def _stop(self, job: "_SaveJob", error: DiskError) -> None:
@@ -258,4 +257,6 @@ def save(state: TrainState, run_dir: Path, mesh: Mesh, facts: dict[str, object])
     """
     saver = Saver(run_dir, mesh, CheckpointConfig(keep=None, max_failed_saves=2))
     saver.begin(state, facts)
-    return saver.finish(required=True).path
+    saved = saver.finish(required=True)
+    assert saved is not None and saved.path is not None, "a save that failed has raised"
+    return saved.path

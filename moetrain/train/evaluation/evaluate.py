@@ -125,6 +125,7 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
         output = _output(model, batch, told(batch), parts_B,
                          (number * group.size + group.position) * size, probe)
         for part, rows in _stretches(parts_B):
+            assert output.logits_BSV is not None and batch.scored_BS is not None
             nats = cross_entropy_sum(output.logits_BSV[rows], batch.targets_BS[rows]).double()
             head = torch.stack([nats, batch.scored_BS[rows].sum().double()])
             sums[part] += torch.cat(

@@ -123,6 +123,7 @@ class RoutingProbe:
         if router not in self.routers:
             return
         row, now = self.routers[router], self._pass
+        assert now is not None, "decisions come inside `run`"
         ids_TK = chosen.ids_TK
         used_T = (ids_TK >= 0).sum(1)
         kept_T = (kept.ids_TK >= 0).sum(1)
@@ -176,10 +177,10 @@ class RoutingProbe:
         numbers_B = first + np.arange(len(parts_B))
         places_B = np.searchsorted(self.probed, numbers_B).clip(max=len(self.probed) - 1)
         places_B = np.where(self.probed[places_B] == numbers_B, places_B * length, -1)
-        starts_B, parts_B = (to_device(torch.from_numpy(each), self.device) for each in (places_B, parts_B))
+        starts_B, domains_B = (to_device(torch.from_numpy(each), self.device) for each in (places_B, parts_B))
         probe_BS = (starts_B[:, None] + positions_BS).where(valid_BS & (starts_B[:, None] >= 0), -1)
         fields = (valid_BS, ids_BS, previous_BS, positions_BS * self.stretches // length,
-                  positions_BS * DECILES // length, parts_B[:, None].expand_as(tokens_BS), probe_BS)
+                  positions_BS * DECILES // length, domains_B[:, None].expand_as(tokens_BS), probe_BS)
         return _Pass(number, *(field.flatten() for field in fields))
 
     def summed(self, group: Group, step: int) -> RoutingRecord:
@@ -190,7 +191,7 @@ class RoutingProbe:
         active = sum_over(group, self.active).cpu().numpy()
         arrays["first"] = arrays["first"] - 1
         return RoutingRecord(
-            step=np.int64(step), routers=np.array(list(self.routers), dtype=np.str_),
+            step=np.array(step), routers=np.array(list(self.routers), dtype=np.str_),
             experts=np.array(self.experts, dtype=np.int64), inputs=np.array(INPUTS, dtype=np.str_),
             domains=np.array(self.domains, dtype=np.str_), entropy=entropy, probe=self.probe_ids,
             spread=np.array([spread(table) for table in inputs]), active=np.packbits(active > 0, axis=-1),

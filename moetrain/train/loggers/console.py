@@ -151,7 +151,8 @@ class Console:
         self.unicode = can_show(SHADES, self.stream)
         self._steps, self._start, self._last, self._interval = (
             steps, 0, steps if last is None else last, interval)
-        self._with_bar, self._bar, self._eta = progress and self.terminal and not self.silent, None, Eta()
+        self._with_bar, self._eta = progress and self.terminal and not self.silent, Eta()
+        self._bar: Any = None                                # rich's, once it is shown
         self._means = StepMeans()
         self._restore_logging = connect_logging(None if self.silent else self.line)
 

@@ -36,7 +36,7 @@ class RouterDump:
 
     def __init__(self, run_dir: Path, mesh: Mesh, domains: Sequence[str]) -> None:
         self.directory, self.mesh, self.domains = run_dir / "log" / "router", mesh, list(domains)
-        self.left, self.tensors, self.micro_batches = STEPS, {}, 0
+        self.left, self.tensors, self.micro_batches = STEPS, dict[str, Tensor](), 0
 
     @property
     def wanted(self) -> bool:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -80,7 +81,7 @@ class Stopwatch:
         self._marks = self._marks[-1:]
 
 
-Mark = float | torch.Event
+Mark: TypeAlias = float | torch.Event
 
 
 def _event() -> torch.Event:

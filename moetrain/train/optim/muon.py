@@ -123,7 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # Each part holds the matrices of one kind, of all experts.
         kinds = stacked.split(self.rows.get(parameter, stacked.shape[1]), 1)
         updates = [orthogonalize(kind_MAB.to(compute), self.settings.iterations, floor).to(direction.dtype)
-                   * scale(*kind_MAB.shape[1:], self.settings.adjust) for kind_MAB in kinds]
+                   * scale(kind_MAB.shape[1], kind_MAB.shape[2], self.settings.adjust) for kind_MAB in kinds]
         return torch.cat(updates, 1).view(direction.shape)
 
 
