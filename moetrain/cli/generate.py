@@ -3,11 +3,13 @@
 <run> is a name or a directory, as it is or as run.name= or run.dir=. Its newest checkpoint continues the
 text, its own config is the base, and its own tokenizer reads and writes. generate.tokens, .temperature,
 .top_p and .seed say how to sample; generate.cache=false runs all tokens again for every new one. The text
-appears as it is sampled. --json prints one object at the end: prompt, text, tokens, ended.
+appears as it is sampled. --json prints one object at the end: prompt, text, tokens, ended. A model whose
+routers look at later tokens writes only if eval.allow_noncausal=true is said here, whatever the run has.
 """
 
 import json
 import sys
+from dataclasses import replace
 
 from moetrain.config.compose import for_run, run_dir, typed_keys
 from moetrain.config.schema import Config
@@ -16,6 +18,8 @@ from moetrain.launch.foreign_ranks import check_ranks
 from moetrain.launch.local import start_ranks
 from moetrain.launch.program import Program
 from moetrain.launch.rank import is_worker, rank
+
+_NONCAUSAL = "eval.allow_noncausal"
 
 
 def run(argv: list[str], program: Program) -> int:
@@ -39,6 +43,8 @@ def _generate(config: Config, program: Program, typed: frozenset[str], *, as_jso
     from moetrain.generate.sample import continue_text, noncausal_capacities
     from moetrain.train.evaluation.trained import choose_tokenizer, load_trained
 
+    if _NONCAUSAL not in typed:  # the run's own allows its training and evaluation to look ahead
+        config = replace(config, eval=replace(config.eval, allow_noncausal=False))
     run = load_trained(config, typed, program.convert_model)
     tokenizer, end_id = choose_tokenizer(run, config, typed)
     wanted = config.generate

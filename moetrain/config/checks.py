@@ -60,6 +60,7 @@ RULES: list[Rule] = [
     routers.second_by_gates,
     routers.choice_capacity,
     routers.growing_k,
+    routers.constants_of_the_width,
     routers.domain_lists,
     parallel.mode,
     parallel.sharded,

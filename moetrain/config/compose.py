@@ -48,7 +48,7 @@ _FREE_ON_RESUME = (
     "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
     "train.count_pass",
     "train.activation_checkpointing", "train.aux_loss", "train.head_chunk", "data.cache", "data.overlap",
-    "router.center")
+    "router.center", "router.growth_steps")
 _PATHS = ("data.path", "data.held_out", "data.tokenizer")
 # Errors shown of a recorded config: one of another release may differ in every key.
 _MOST_ERRORS = 20

@@ -47,6 +47,8 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "router.counts": ("router.balance=sign", "router.update_rate>0"),
     "router.center": ("router.update_rate>0 or router.balance=quantile",),
     "router.counts_path": ("router.table=balanced",),
+    "router.hidden": ("router.kind=mlp|gmm",),
+    "router.dropout": ("router.kind=mlp",),
     "parallel.ep": (_EXPERT_PARALLEL,),
     "parallel.shard": (_SHARDED,),
     "parallel.exchange": (_EXPERT_PARALLEL,),

@@ -1,4 +1,7 @@
-"""Occurrences of each id: tokens of an expert, rows of a physical slot or of a destination."""
+"""Occurrences of each id: tokens of an expert, rows of a physical slot or of a destination.
+
+Shapes: N ids, E experts.
+"""
 
 import torch
 from torch import Tensor
@@ -18,3 +21,8 @@ def count_ids(ids: Tensor, num_ids: int) -> Tensor:
     """
     columns_N = (ids + 1).flatten()                      # column 0 takes the unused slots
     return columns_N.new_zeros(num_ids + 1).scatter_add_(0, columns_N, torch.ones_like(columns_N))[1:]
+
+
+def load_error_sign(counts_E: Tensor) -> Tensor:
+    """Sign of mean(n) - n_i, int64 [..., E]. Computed in integers: 0 for a load that is exactly the mean."""
+    return (counts_E.sum(-1, keepdim=True) - counts_E.shape[-1] * counts_E).sign()

@@ -276,6 +276,10 @@ class Router(nn.Module):
             tokens: valid tokens of the whole step, of one pass.
         """
 
+    def resumed(self, step: int, before: int) -> str | None:
+        """Warn where another run.steps than `before` changes decisions from a step on; else None."""
+        return None
+
     def max_slots(self) -> int:
         """Return K, the static bound on the experts of a token."""
         return self.top_k
@@ -388,11 +392,6 @@ class LinearRouter(Router):
 def edits_of(context: RouterContext) -> RoutingEdits:
     """The edits of this router's decisions."""
     return (context.edits or {}).get(context.router, RoutingEdits())
-
-
-def load_error_sign(counts_E: Tensor) -> Tensor:
-    """Sign of mean(n) - n_i, int64 [..., E]. Computed in integers: 0 for a load that is exactly the mean."""
-    return (counts_E.sum(-1, keepdim=True) - counts_E.shape[-1] * counts_E).sign()
 
 
 def drop_padding(ids_TK: Tensor, context: RouterContext) -> Tensor:

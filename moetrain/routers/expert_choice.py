@@ -15,7 +15,8 @@ rank, and the result depends on ranks and accumulation. With `group=sequence`, t
 chooses inside each sequence, and the result does not.
 
 **It is not causal**: whether a token is taken depends on later tokens of its group, and the loss that is
-trained and measured knows of them. Evaluation and generation are refused without eval.allow_noncausal=true.
+trained and measured knows of them. Training and evaluation are refused without eval.allow_noncausal=true, and
+generation unless that is typed for it.
 
 Shapes: T tokens, D model width, E experts.
 """

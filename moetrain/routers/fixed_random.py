@@ -3,13 +3,17 @@
     z = x W^T + b,  W and b uniform in (-D^-1/2, D^-1/2) and frozen;  the k(s) largest z are chosen;
     the gate weights are `scale` times the softmax of the chosen z
 
-k(s) of step s of S, between k_min and k_max = model.top_k (a of them is the share s / S):
+k(s) of step s, between k_min and k_max = model.top_k, which it reaches after S = `growth_steps` (a is the
+share s / S):
 
     linear     round((k_max - k_min) a) + k_min
     cosine     k_max - round((k_max - k_min) cos(pi a / 2))
     exp        k_max - round((k_max - k_min) 0.99^floor(300 a)), which ends 5 % of the way before k_max
-    step       k_min, 2 k_min, 4 k_min, ... up to k_max, each for an equal share of the steps
+    step       k_min, 2 k_min, 4 k_min, ... up to k_max, each for an equal share of the S steps
     none       k_max
+
+Without `growth_steps` S is run.steps. A run that is resumed with more run.steps then has fewer experts than
+before, and says so; `router.growth_steps=<its run.steps so far>` keeps the growth.
 
 Chen et al. 2023, 2303.01610. These are the schedules of the released code, whose steps are 1, 2, 4, 8, 16.
 Choices drift in training even so, because x does. Weights sum to `scale` whatever k is, and at k = E they are
@@ -33,6 +37,8 @@ from moetrain.ops.start import Start, values
 from moetrain.routers.base import LinearRouter, RouterContext, Routing, Scores, edits_of
 from moetrain.routers.edits import RoutingEdits
 
+_LOOKED_AT = 1000            # steps of a resumed run in which another number of experts is searched
+
 
 class FixedRandomRouter(LinearRouter):
     """Router with a frozen random matrix, whose number of experts a token grows.
@@ -41,20 +47,22 @@ class FixedRandomRouter(LinearRouter):
         dim: D.
         num_experts: E.
         top_k: K, number of experts of a token at the end.
-        total_steps: S.
+        total_steps: steps of the run.
         k_min: number of experts of a token at the beginning.
         schedule: how the number grows: linear, cosine, exp, step or none.
+        growth_steps: S, steps until it has grown; null: those of the run.
         scale: factor of the gate weights.
     """
 
-    BOUNDS = {"k_min": "1 or more", "scale": "above 0"}
+    BOUNDS = {"k_min": "1 or more", "growth_steps": "1 or more", "scale": "above 0"}
     choice_tensors = frozenset({"weight", "bias"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, total_steps: int, k_min: int = 1,
                  schedule: Literal["linear", "cosine", "exp", "step", "none"] = "linear",
-                 scale: float = 1.0) -> None:
+                 growth_steps: int | None = None, scale: float = 1.0) -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
-        self.total_steps, self.k_min = total_steps, min(k_min, top_k)   # evaluation may ask for fewer
+        self.total_steps, self.growth_steps = total_steps, growth_steps
+        self.k_min = min(k_min, top_k)                   # evaluation may ask for fewer
         self.schedule, self.scale = schedule, scale
         self.bias = nn.Parameter(torch.empty(num_experts), requires_grad=False)
         self.weight.requires_grad_(False)
@@ -67,9 +75,10 @@ class FixedRandomRouter(LinearRouter):
         bound = self.weight.shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
-    def experts_at(self, step: int) -> int:
-        """Compute k, the number of experts of a token in a step."""
-        span, share = self.top_k - self.k_min, min(1.0, step / self.total_steps)
+    def experts_at(self, step: int, total_steps: int | None = None) -> int:
+        """Compute k, the number of experts of a token in a step; with other steps of the run, if given."""
+        growth_steps = self.growth_steps or total_steps or self.total_steps
+        span, share = self.top_k - self.k_min, min(1.0, step / growth_steps)
         if self.schedule == "linear":
             return round(span * share) + self.k_min
         if self.schedule == "cosine":
@@ -80,6 +89,18 @@ class FixedRandomRouter(LinearRouter):
             doublings = math.ceil(math.log2(self.top_k / self.k_min))
             return min(self.top_k, self.k_min << min(doublings, int((doublings + 1) * share)))
         return self.top_k
+
+    def resumed(self, step: int, before: int) -> str | None:
+        """Warn where k goes by run.steps, which were `before`, and is another one now."""
+        now = self.total_steps
+        looked_at = {step + number * (now - step) // _LOOKED_AT for number in range(_LOOKED_AT + 1)}
+        for each in sorted(looked_at):
+            was, becomes = self.experts_at(each, before), self.experts_at(each)
+            if was != becomes:
+                return (f"run.steps was {before} and is {now}, and router=fixed_random grows by it: a token "
+                        f"of step {each} has {becomes} experts, where it had {was}; "
+                        f"router.growth_steps={before} keeps what the run began with")
+        return None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return super().logits(x_TD) + self.bias

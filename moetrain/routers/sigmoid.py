@@ -36,8 +36,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moetrain.ops.counts import load_error_sign
 from moetrain.ops.router import RouterRule
-from moetrain.routers.base import RouterContext, Scores, load_error_sign
+from moetrain.routers.base import RouterContext, Scores
 from moetrain.routers.quantile import BiasedRouter
 
 TINY = 1e-20                                 # DeepSeek-V3's; also avoids 0 / 0 in rows of padding

@@ -22,8 +22,9 @@ from torch import Tensor
 from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over
 from moetrain.losses.base import Pooled
+from moetrain.ops.counts import load_error_sign
 from moetrain.ops.pinned import to_device
-from moetrain.routers.base import RoutingStats, load_error_sign
+from moetrain.routers.base import RoutingStats
 from moetrain.routers.stack import Stack, by_stack
 from moetrain.train.objective import Denominators, LossShare
 

@@ -48,7 +48,7 @@ FOREIGN = [
     ("router", "moetrain.routers.topk.GroupLimitedRouter", "defines no GroupLimitedRouter"),
     ("router", "moetrain.routers.groups.GroupLimitedRouter", "does not define scores"),
     ("router", "moetrain.routers.base.Router", "does not define scores"),
-    ("router", "moetrain.routers.base.load_error_sign", "descend from"),
+    ("router", "moetrain.routers.base.drop_padding", "descend from"),
     ("router", "moetrain.routers.none.Router", "no module"),
     ("router", "moetrain.routersx.topk.TopKRouter", "outside moetrain.routers"),
     ("router", "moetrain.routers..topk.TopKRouter", "outside moetrain.routers"),

@@ -21,6 +21,7 @@ COMPANIONS = {"data=tokens": ["data.path=shards"], "data=megatron": ["data.path=
               "model.attention=sliced": ["model.num_kv_heads=4"]}
 OTHERS = {"data.mixture": "proportional"}                  # data=synthetic writes the other one itself
 PART_KEYS = {
+    "router.hidden": "8", "router.dropout": "0.5",
     "router.topk_groups": "2", "router.group_score": "top2", "router.counts": "micro",
     "router.center": "false",
     "planner": "hecate", "planner.horizon": "7", "planner.state_ratio": "6", "planner.tolerance": "0.5",
@@ -30,7 +31,8 @@ PART_KEYS = {
 }
 BESIDE_ADVICE = {"parallel.ep": ["run.nproc=2"], "parallel.shard": ["run.nproc=2"],
                  "parallel.max_sliced_experts": ["optim=adamw"]}
-BESIDE = {"router.counts": ["router=sigmoid"], "router.center": ["router=sigmoid"],
+BESIDE = {"router.hidden": ["router=mlp"], "router.dropout": ["router=mlp"],
+          "router.counts": ["router=sigmoid"], "router.center": ["router=sigmoid"],
           "loss.micro_balance.mode": ["loss=[micro_balance]", "balance=none"],
           "loss.micro_balance.drift": ["loss=[micro_balance]", "balance=none"]}
 
@@ -82,7 +84,7 @@ def preventing(condition: str) -> str:
               "parallel": "single", "schedule": "none", "engine": "torch", "optim": "adamw",
               "optim.schedule": "cosine",
               "parallel.forecast": "trend", "model.block": "plain",
-              "model.attention": "plain", "router.balance": "quantile"}
+              "model.attention": "plain", "router.balance": "quantile", "router.kind": "linear"}
     return f"{name}={others.get(name, 'exact' if name.endswith('.mode') else 'micro')}"
 
 

@@ -61,6 +61,8 @@ ILLEGAL = {  # refused in both
     "experts": ([], ["model.top_k=9"], "029"),
     "groups": ([], ["router.num_groups=3"], "063"),
     "choice_capacity": (["router=expert_choice", "eval.allow_noncausal=true"], ["router.capacity=9"], "259"),
+    "constants_of_the_width": (["router=null_expert", "model.block=latent"], ["router.num_constant=1"],
+                               "301"),
     "domain_lists": (["router=domain"], ["router.experts=[[0,9]]"], "261"),
     "experts_of_a_token": (["router=top_p"], ["router.k_max=9"], "254"),
     "fixed_top_k": (["router=sparsemixer"], ["model.top_k=3"], "252"),

@@ -4,6 +4,7 @@ The routers are those of tests/support/told_routers.py: they need what most rout
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +191,20 @@ def test_a_router_that_looks_ahead_has_to_be_allowed(trained: Path) -> None:
     found.model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     "".join(continued(found))
     assert lengths == [2, 3, 4, 5, 6, 7]                 # it reads the whole text for every token
+
+
+def test_a_text_is_written_by_such_a_router_only_if_that_command_allows_it(
+        trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run records that training and evaluation may look ahead, which is no leave to write."""
+    copy = shutil.copytree(trained, tmp_path / "run")
+    recorded = (copy / "config.yaml").read_text()
+    assert "allow_noncausal: false" in recorded
+    (copy / "config.yaml").write_text(recorded.replace("allow_noncausal: false", "allow_noncausal: true"))
+    words = [str(copy), "run.device=cpu", "router=expert_choice"]
+    assert evaluate_run(for_run(words)).losses
+    generate = ["generate", *words, "generate.tokens=2", "generate.prompt=ab"]
+    assert main(generate) == 2 and "E-CONFIG-211" in capsys.readouterr().err
+    assert main([*generate, "eval.allow_noncausal=true"]) == 0
 
 
 def test_generation_warns_of_a_capacity(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

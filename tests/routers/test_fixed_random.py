@@ -53,6 +53,14 @@ def test_without_a_schedule_k_is_the_last_one():
     assert router_of(2, k_min=8).experts_at(1) == 2                          # as evaluation may ask for
 
 
+def test_the_growth_has_a_length_of_its_own_or_that_of_the_run():
+    ours, own, constant = router_of(16), router_of(16, growth_steps=300), router_of(16, schedule="none")
+    assert all(own.experts_at(step) == ours.experts_at(2 * step) for step in (0, 1, 150, 300, 900))
+    assert "of step 301 has 9 experts, where it had 16; router.growth_steps=300" in ours.resumed(301, 300)
+    assert "was 599 and is 600" in ours.resumed(1, 599)                      # in the middle, by one expert
+    assert ours.resumed(301, 600) is own.resumed(301, 300) is constant.resumed(1, 9) is None
+
+
 @pytest.mark.parametrize("step", [1, 300, 600])
 def test_a_token_takes_the_largest_k_by_their_softmax(step):
     router, x_TD = router_of(k_min=1, scale=3.0), tokens()

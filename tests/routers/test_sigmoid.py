@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops.counts import count_ids
+from moetrain.ops.counts import count_ids, load_error_sign
 from moetrain.ops.gating import gather_weights
-from moetrain.routers.base import RouterContext, load_error_sign
+from moetrain.routers.base import RouterContext
 from moetrain.routers.sigmoid import SigmoidRouter
 from moetrain.train.evaluation.evaluate import evaluate
 from moetrain.train.step import train_step

@@ -104,8 +104,9 @@ SUBJECTS = [Subject(name, overrides, STILL.get(name, ())) for name, overrides in
 
 def router_of(option: str, overrides: list[str], experts: int = E, k: int = K) -> Router:
     """Start values of a wide spread and, where there are controllers, a state that loads have moved."""
+    small = [] if "router.kind=linear" in overrides else SMALL.get(option, [])      # nothing there is hidden
     config = compose([f"router={option}", f"model.num_experts={experts}", f"model.top_k={k}",
-                      *NEEDS.get(option, []), *SMALL.get(option, []), *overrides])
+                      *NEEDS.get(option, []), *small, *overrides])
     with torch.device("meta"):
         router = build(config.router, "router", dim=D, num_experts=experts, top_k=config.model.top_k, layer=0,
                        name="layers.0.moe", num_layers=2, total_steps=100, vocab_size=48)

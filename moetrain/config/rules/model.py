@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from moetrain.config.architecture import attention_top_k, num_attention_experts
 from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
@@ -218,21 +218,21 @@ def experts(config: Config, ranks: int) -> Iterator[ConfigError]:
 def experts_of_a_token(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Check in every layer the bounds of a router that gives tokens different numbers of experts."""
     least, bound = config.router.get("k_min", 0), config.router.get("k_max")
-    for layer, num_experts, top_k in moe_layers(config):
+    for where, num_experts, top_k, experts_key, top_k_key in choices(config):
         most = num_experts if bound is None else bound
         target = config.router.get("target_k") or top_k
         if not least <= most <= num_experts:
             fitting = min(most, num_experts)
             yield ConfigError(
-                254, f"a token cannot take from {least} to {most} of {num_experts} experts (layer {layer})",
-                where="router.k_min, router.k_max, model.num_experts",
+                254, f"a token cannot take from {least} to {most} of {num_experts} experts ({where})",
+                where=f"router.k_min, router.k_max, {experts_key}",
                 why="k_min is not more than k_max, nor k_max more than the experts; null is all of them",
                 next=f"router.k_min={min(least, fitting)} router.k_max={fitting}")
         elif "target_k" in config.router and not least <= target <= most:
             nearest = min(max(target, least), most)
             yield ConfigError(
-                255, f"tokens cannot take {show(target)} experts in the mean (layer {layer})",
-                where="router.target_k, model.top_k, model.num_experts",
+                255, f"tokens cannot take {show(target)} experts in the mean ({where})",
+                where=f"router.target_k, {top_k_key}, {experts_key}",
                 why=f"a token takes from {least} to {most} of them", next=f"router.target_k={show(nearest)}")
         else:
             continue
@@ -310,6 +310,35 @@ def quantiles_of_groups(config: Config, ranks: int) -> Iterator[ConfigError]:
 def _group_counts(number: int, chosen: int, sizes: list[tuple[int, int]]) -> set[int]:
     """Propose how many of `number` groups a token uses: as configured, or the fewest that are enough."""
     return {chosen, max(-(-k // max(1, n // number)) for n, k in sizes)}
+
+
+class Choice(NamedTuple):
+    """A choice of a token among experts.
+
+    Attributes:
+        where: whose experts, for a message.
+        num_experts: how many there are.
+        top_k: how many a token takes.
+        experts_key: key that says how many there are.
+        top_k_key: key that says how many a token takes.
+    """
+
+    where: str
+    num_experts: int
+    top_k: int
+    experts_key: str = "model.num_experts"
+    top_k_key: str = "model.top_k"
+
+
+def choices(config: Config) -> list[Choice]:
+    """List the choice of the first layer of each kind with experts, and that of attention experts."""
+    model = config.model
+    found = [Choice(f"layer {layer}", experts, top_k) for layer, experts, top_k in moe_layers(config)]
+    if model.attention in ("experts", "sliced") and model.num_heads % model.num_kv_heads == 0:
+        keys = (("model.num_heads", "model.top_k_heads") if model.attention == "sliced" else
+                ("model.num_attention_experts", "model.num_kv_heads"))
+        found.append(Choice("attention", num_attention_experts(model), attention_top_k(model), *keys))
+    return found
 
 
 def moe_layers(config: Config) -> list[tuple[int, int, int]]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from moetrain.config.architecture import attention_top_k
+from moetrain.config.architecture import attention_top_k, expert_width
 from moetrain.config.build import NoSuchPart, declared
-from moetrain.config.rules.model import moe_layers
+from moetrain.config.rules.model import choices, moe_layers
 from moetrain.config.schema import Config
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
@@ -13,6 +13,7 @@ _OWN = "moetrain.routers."
 EXPERT_CHOICE = "moetrain.routers.expert_choice.ExpertChoiceRouter"
 FIXED_RANDOM = "moetrain.routers.fixed_random.FixedRandomRouter"
 DOMAIN = "moetrain.routers.domain.DomainRouter"
+NULL_EXPERT = "moetrain.routers.null_expert.NullExpertRouter"
 
 
 def fixed_top_k(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -90,14 +91,14 @@ def choice_capacity(config: Config, ranks: int) -> Iterator[ConfigError]:
     capacity = config.router.get("capacity")
     if config.router.get("_target_") != EXPERT_CHOICE or capacity is None:
         return
-    for layer, num_experts, _ in moe_layers(config):
-        if capacity > num_experts:
+    for choice in choices(config):
+        if capacity > choice.num_experts:
             yield ConfigError(
-                259, f"router.capacity={show(capacity)} is more than model.num_experts={num_experts} "
-                     f"(layer {layer})",
-                where="router.capacity, model.num_experts",
+                259, f"router.capacity={show(capacity)} is more than "
+                     f"{choice.experts_key}={choice.num_experts} ({choice.where})",
+                where=f"router.capacity, {choice.experts_key}",
                 why="it is the mean number of experts of a token, which takes each at most once",
-                next=f"router.capacity={num_experts} or less")
+                next=f"router.capacity={choice.num_experts} or less")
             return
 
 
@@ -106,33 +107,46 @@ def growing_k(config: Config, ranks: int) -> Iterator[ConfigError]:
     k_min = config.router.get("k_min", 1)
     if config.router.get("_target_") != FIXED_RANDOM:
         return
-    for layer, _, top_k in moe_layers(config):
-        if k_min > top_k:
+    for choice in choices(config):
+        if k_min > choice.top_k:
             yield ConfigError(
-                260, f"router.k_min={k_min} is more than model.top_k={top_k} (layer {layer})",
-                where="router.k_min, model.top_k",
-                why="a token has router.k_min experts at the beginning, and model.top_k at the end",
-                next=f"router.k_min={top_k} or less, or model.top_k={k_min}")
+                260, f"router.k_min={k_min} is more than the {choice.top_k} experts of a token "
+                     f"({choice.where})",
+                where=f"router.k_min, {choice.top_k_key}",
+                why="a token has router.k_min experts at the beginning, and these at the end",
+                next=f"router.k_min={choice.top_k} or less" + (
+                    f", or model.top_k={k_min}" if choice.top_k_key == "model.top_k" else ""))
             return
+
+
+def constants_of_the_width(config: Config, ranks: int) -> Iterator[ConfigError]:
+    """Refuse learned vectors in place of experts where the experts work in another width than the model."""
+    model, number = config.model, config.router.get("num_constant", 0)
+    if config.router.get("_target_") == NULL_EXPERT and number and expert_width(model) != model.dim:
+        yield ConfigError(
+            301, f"router.num_constant={number} with model.block={model.block}",
+            where="router.num_constant, model.block, model.latent_dim",
+            why=f"the vectors are model.dim={model.dim} wide, and are added to outputs of experts, which are "
+                f"{expert_width(model)} wide",
+            next=f"router.num_constant=0, or model.latent_dim={model.dim}")
 
 
 def domain_lists(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Require lists of experts that there are, each long enough for a token."""
     if config.router.get("_target_") != DOMAIN:
         return
-    for layer, num_experts, top_k in moe_layers(config):
+    for where, num_experts, top_k, experts_key, top_k_key in choices(config):
         for number, own in enumerate(config.router.get("experts") or ()):
             unknown = [expert for expert in own if not 0 <= expert < num_experts]
             if unknown:
                 wrong, why = f"has expert {unknown[0]}", f"experts are numbered from 0 to {num_experts - 1}"
             elif len(set(own)) < top_k:
-                wrong, why = (f"has {len(set(own))} experts", f"a token of the domain takes "
-                                                              f"model.top_k={top_k} of them")
+                wrong, why = f"has {len(set(own))} experts", f"a token of the domain takes {top_k} of them"
             else:
                 continue
             fitting = sorted({expert for expert in own if expert not in unknown} | set(range(num_experts)))
             yield ConfigError(
-                261, f"list {number} of router.experts {wrong} (layer {layer})",
-                where="router.experts, model.num_experts, model.top_k", why=why,
+                261, f"list {number} of router.experts {wrong} ({where})",
+                where=f"router.experts, {experts_key}, {top_k_key}", why=why,
                 next=f"a list such as {show(fitting[:max(top_k, len(own))])} in its place")
             return

@@ -7,6 +7,7 @@ from moetrain.config.compose import resume_conflicts
 from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.values import as_tree
 from moetrain.errors import CheckpointError, DataError
+from moetrain.routers.context import routers_of
 from moetrain.runs.completion import config_of, last_step
 from moetrain.train.checkpoint.load import Resumed
 from moetrain.train.optim.lr_schedule import resumed_rate, schedule_warning
@@ -49,7 +50,7 @@ def check_same_run(run: Run, found: Resumed) -> None:
 
 
 def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
-    """Yield warnings about the learning rate and the order of the data in the remaining steps.
+    """Yield warnings about learning rate, routers and order of the data in the remaining steps.
 
     Args:
         run: the run, after it was resumed.
@@ -62,6 +63,8 @@ def start_warnings(run: Run, found: Resumed | None) -> Iterator[str]:
         before = config_of(found.manifest, found.path).run.steps
         if changed := resumed_rate(step, before, steps, optim):
             yield changed
+        grown = (router.resumed(step, before) for router in routers_of(run.state.model).values())
+        yield from dict.fromkeys(note for note in grown if note)
     if found and found.manifest.facts.get("order") != run.dataset.order:
         yield (f"the steps up to {run.state.step} have read the data in the order of another release: "
                "from here on some of it comes again before the rest has come once")

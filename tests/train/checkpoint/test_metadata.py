@@ -46,14 +46,17 @@ def test_another_length_says_what_becomes_of_the_rate() -> None:
 def test_a_run_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                             capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, "run.steps=2", "optim.warmup=5"]) == 0
+    grows = ["optim.warmup=5", "router=fixed_random"]
+    assert main(["train", *TINY, "run.steps=2", *grows]) == 0
     first = capsys.readouterr().out
     assert (first.count("[warn] optim.warmup=5 is longer than run.steps=2") == 1
             and "run.steps was" not in first)
-    assert main(["train", *TINY, "run.steps=8", "optim.warmup=5"]) == 0
+    assert main(["train", *TINY, "run.steps=8", *grows]) == 0
     resumed = capsys.readouterr().out
-    assert "run.steps was 2 and is 8" in resumed and "order" not in resumed
+    assert resumed.count("run.steps was 2 and is 8") == 2 and "order" not in resumed
+    assert "of step 3 has 1 experts, where it had 2; router.growth_steps=2 keeps" in resumed
     monkeypatch.setattr(SyntheticDataset, "order", "numbers-0")
-    assert main(["train", *TINY, "run.steps=9", "optim.warmup=5"]) == 0
-    assert capsys.readouterr().out.count(
+    assert main(["train", *TINY, "run.steps=9", *grows, "router.growth_steps=8"]) == 0
+    again = capsys.readouterr().out
+    assert "router.growth_steps" not in again and again.count(
         "[warn] the steps up to 8 have read the data in the order of another release") == 1
