@@ -218,9 +218,9 @@ COVERS = {
     "integration/test_resume": "train/{loop,setup,start}",
     "integration/test_step_metrics": "train/metrics",
     "integration/test_timeline": "train/loggers/timeline",
-    "interop/huggingface/test_families": "interop/huggingface/{config_rules,layer_names,router_rules} "
-                                         "interop/huggingface/semantics "
-                                         "interop/huggingface/families/{base,mixtral,qwen3_moe,registry}",
+    "interop/huggingface/test_families": "interop/huggingface/{layer_names,router_rules,semantics} "
+                                         "interop/huggingface/families/{base,deepseek_v2,deepseek_v3,glm4_moe,gpt_oss,"
+                                         "granitemoe,mixtral,olmoe,phimoe,qwen2_moe,qwen3_moe,registry}",
     "interop/test_megatron": "interop/megatron_index",
     "launch/test_local": "launch/{rank,status}",
     "launch/test_nodes": "launch/__main__",

@@ -2,6 +2,10 @@
 
     Same                one key, one value
     Fixed               a key of which only one value has a counterpart
+    Implied             values that every model of a family has
+    Choice              a key whose values stand for values of ours
+    Repeated            a key that repeats what another says
+    SharedExperts       n_shared_experts
     Rotary              base, scaling and rotated part of a head: flat keys, or nested in rope_parameters
     SparseStep          which layers have experts: decoder_sparse_step and mlp_only_layers (Qwen)
     DenseFirst          the same by first_k_dense_replace and moe_layer_freq (DeepSeek, GLM)
@@ -96,7 +100,8 @@ class Same:
 
     def write(self, ours: Values) -> dict[str, Any]:
         default = None if callable(self.default) or self.default is REQUIRED else self.default
-        return {self.theirs: ours.get(self.ours, default)}
+        value = ours.get(self.ours, default)
+        return {self.theirs: value[0] if isinstance(value, list) else value}    # a list reads back otherwise
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,49 @@ class Implied:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A key that repeats what another says.
+
+    Args:
+        theirs: key in `config.json`.
+        ours: our key, which another rule reads.
+    """
+
+    theirs: str
+    ours: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.theirs,)
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        return {}
+
+    def write(self, ours: Values) -> dict[str, Any]:
+        return {self.theirs: ours.get(self.ours)}
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """Shared experts, as a number: together they are so many experts wide.
+
+    Args:
+        default: number of a file that does not say it.
+    """
+
+    default: int
+    keys = ("n_shared_experts",)
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        number = theirs.get("n_shared_experts", self.default)
+        return {"model.num_shared_experts": number or 0}
+
+    def write(self, ours: Values) -> dict[str, Any]:
+        width = ours["model.expert_dim"]
+        return {"n_shared_experts": ours["model.shared_dim"] // width if isinstance(width, int) else 0}
+
+
+@dataclass(frozen=True)
 class Choice:
     """A key whose values stand for values of one of ours.
 
@@ -189,17 +237,20 @@ class Rotary:
     Args:
         theta: base where the file has none.
         partial: part of a head that is rotated where the file has none; None: the family rotates all of it.
+        scaling: of a file that says nothing of the rotary embedding.
     """
 
     theta: float = 10000.0
     partial: float | None = None
+    scaling: Mapping[str, Any] = field(default_factory=dict)
     keys = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_parameters",
             "original_max_position_embeddings")
 
     def read(self, theirs: Theirs) -> dict[str, Any]:
-        said = {name: value for name, value in (theirs.get("rope_parameters") or
-                                                theirs.get("rope_scaling") or {}).items()
-                if value is not None}
+        given = theirs.get("rope_parameters") or theirs.get("rope_scaling")
+        if given is None and not {"rope_parameters", "rope_scaling"} & theirs.keys():
+            given = self.scaling
+        said = {name: value for name, value in (given or {}).items() if value is not None}
         if any(isinstance(value, dict) for value in said.values()):
             raise unread("rope_parameters", sorted(said), "all layers have one rotary embedding here")
         kind = said.pop("rope_type", None) or said.get("type", "default")

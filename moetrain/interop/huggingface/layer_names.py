@@ -112,6 +112,10 @@ class LayerNames(NamedTuple):
                    for name, shape in shapes.items())
 
 
+# Names of recent versions of transformers.
+FUSED_SWIGLU = Fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
 def swiglu_experts(path: str) -> PerExpert:
     """Names of experts whose matrices are gate_proj, up_proj and down_proj, below `path`."""
     return PerExpert(*(f"{path}.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")))

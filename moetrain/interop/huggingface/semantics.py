@@ -70,8 +70,8 @@ def _of_model(sizes: ModelConfig) -> dict[str, Any]:
         values[name] = _alike([per_layer(values[name], layer) for layer in sparse])
     values["moe_layers"] = sparse
     values["dense_dim"] = _alike([dense_width(sizes, layer) for layer in dense])
-    values["num_shared_experts"] = _alike([shared_width(sizes, layer) for layer in sparse]) or 0
-    for name in ("first_dense_layers", "shared_dim"):                # said by the keys above
+    values["shared_dim"] = _alike([shared_width(sizes, layer) for layer in sparse]) or 0
+    for name in ("first_dense_layers", "num_shared_experts"):        # said by the keys above
         del values[name]
     if values["attention"] == "mla":
         values = {name: value for name, value in values.items() if name not in _NOT_OF_MLA}

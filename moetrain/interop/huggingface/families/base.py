@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from moetrain.config.layer_pattern import dense_width, is_sparse
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
 from moetrain.errors import ConfigError, ConfigErrors
-from moetrain.interop.huggingface.config_rules import Fixed, Rule, Same
+from moetrain.interop.huggingface.config_rules import Choice, Fixed, Implied, Repeated, Rule, Same, unread
 from moetrain.interop.huggingface.layer_names import LayerNames, layer_maps, norm_parts
 from moetrain.interop.huggingface.semantics import of_training, semantics
 from moetrain.interop.huggingface.tensor_map import Shape, TensorMap, renamed
@@ -28,17 +28,21 @@ from moetrain.interop.huggingface.tensor_map import Shape, TensorMap, renamed
 _CAPACITY = "moetrain.moe.capacity.CapacityPolicy"           # the one that drops nothing
 # Keys of a config.json that are no family's own: what made the file, and which ids have a meaning.
 COMMON = ("architectures", "model_type", "vocab_size", "max_position_embeddings")
+# The key that a user sets, where that of the semantics follows from several.
+_SET_BY = {"model.shared_dim": "model.num_shared_experts"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FREQUENCIES = re.compile(r"model\..*rotary_emb\.inv_freq")  # of old files; they follow from the config
 
 
-def sizes_of(*, experts: str, expert_dim: str, dense_dim: str | None = None) -> list[Rule]:
+def sizes_of(*, experts: str, expert_dim: str, dense_dim: str | None = None,
+             top_k: tuple[str, ...] = ()) -> list[Rule]:
     """Rules that all families share, with the keys of the experts.
 
     Args:
         experts: their key of the number of experts.
         expert_dim: their key of an expert's width.
         dense_dim: their key of the width of dense layers, if they have any.
+        top_k: other spellings of num_experts_per_tok.
     """
     spellings = ("num_local_experts", "num_experts", "n_routed_experts")
     rules: list[Rule] = [
@@ -46,7 +50,7 @@ def sizes_of(*, experts: str, expert_dim: str, dense_dim: str | None = None) -> 
         Same("num_hidden_layers", "model.num_layers"),
         Same("num_attention_heads", "model.num_heads"),
         Same(experts, "model.num_experts", aliases=tuple(set(spellings) - {experts})),
-        Same("num_experts_per_tok", "model.top_k"),
+        Same("num_experts_per_tok", "model.top_k", aliases=top_k),
         Same(expert_dim, "model.expert_dim"),
         Same("tie_word_embeddings", "model.tie_embeddings", default=False, kind=bool),
         Same("initializer_range", "model.init_std", default=0.02, kind=float),
@@ -61,10 +65,24 @@ def kv_heads() -> Rule:
     return Same("num_key_value_heads", "model.num_kv_heads", default=lambda file: file["num_attention_heads"])
 
 
-def head_dim() -> Rule:
-    """Rule of the width of a head in families that have a key for it."""
-    return Same("head_dim", "model.head_dim", default=lambda file: file["hidden_size"] //
-                file["num_attention_heads"])
+def head_dim(default: int | None = None) -> Rule:
+    """Rule of the width of a head in families that have a key for it; by default D over heads."""
+    return Same("head_dim", "model.head_dim", default=lambda file: default or
+                file["hidden_size"] // file["num_attention_heads"])
+
+
+def latent_attention() -> list[Rule]:
+    """Rules of DeepSeek's multi-head latent attention."""
+    return [
+        Implied({"model.attention": "mla"}),
+        Repeated("num_key_value_heads", "model.num_heads"),
+        # null is a value: queries are not compressed.
+        Same("q_lora_rank", "model.q_lora_rank",
+             default=lambda file: None if "q_lora_rank" in file else 1536),
+        *(Same(name, f"model.{name}", default=default) for name, default in (
+            ("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64), ("v_head_dim", 128))),
+        Choice("attention_bias", "model.attention_bias", {False: "none", True: "all"}, False),
+    ]
 
 
 class Family:
@@ -97,12 +115,17 @@ class Family:
         """
         ours: dict[str, Any] = {"expert._target_": SWIGLU["_target_"], "model.vocab_size":
                                 theirs.get("vocab_size")}
-        errors = []
+        errors, odd = list[ConfigError](), list[Rule]()
         for rule in self.rules:
             try:
                 ours |= rule.read(theirs)
             except ConfigError as error:
                 errors.append(error)
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                odd.append(rule)
+        if odd and not errors:
+            errors = [unread(rule.keys[0], theirs.get(rule.keys[0]), "it has another form in this family")
+                      for rule in odd]
         if errors:
             raise ConfigErrors(errors)
         sections: dict[str, dict[str, Any]] = {"model": {}, "router": {}, "expert": {}}
@@ -148,16 +171,14 @@ class Family:
             config: the config of a run.
             vocab_size: V, rows of the embedding.
             original: that of the folder that the model was imported from. What it says stays, spellings and
-                unknown keys included, but for the keys that are no longer true.
+                unknown keys included, but for the keys that are no longer true. That of another family is
+                not read.
         """
-        if original is None:
-            return self.from_config(config, vocab_size)
+        after = self.from_config(config, vocab_size)
+        if original is None or original.get("model_type") != self.model_type:
+            return after
         before = self.from_config(self.bare_config(original), original["vocab_size"])
-        after = self.from_config(config, vocab_size) | {
-            "max_position_embeddings": before["max_position_embeddings"]}
-        if original.get("model_type") != self.model_type:
-            return {**{name: value for name, value in original.items() if name not in self.known_keys},
-                    **after}
+        after["max_position_embeddings"] = before["max_position_embeddings"]
         written = dict(original)
         for keys in [(name,) for name in COMMON] + [rule.keys for rule in self.rules]:
             said = {name: after[name] for name in keys if name in after}
@@ -182,7 +203,7 @@ class Family:
         for key in sorted(ours.keys() | back.keys()):
             said_elsewhere = self.predicts_further and key == "model.mtp_layers"
             if ours.get(key) != back.get(key) and not said_elsewhere:
-                found.append((key, f"{self.model_type} has {_shown(back, key)}, "
+                found.append((_SET_BY.get(key, key), f"{self.model_type} has {_shown(back, key)}, "
                                    f"and the model {_shown(ours, key)}"))
         return found
 

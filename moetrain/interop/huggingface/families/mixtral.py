@@ -5,7 +5,7 @@
 
 from moetrain.interop.huggingface.config_rules import Rotary, Same, Window
 from moetrain.interop.huggingface.families.base import Family, head_dim, kv_heads, sizes_of
-from moetrain.interop.huggingface.layer_names import Fused, LayerNames, PerExpert
+from moetrain.interop.huggingface.layer_names import FUSED_SWIGLU, LayerNames, PerExpert
 from moetrain.interop.huggingface.router_rules import Jitter, SoftmaxRouter
 
 # w1 is the gate, w3 up, w2 down.
@@ -28,6 +28,5 @@ class Mixtral(Family):
     ]
     spellings = {
         "per_expert": LayerNames(router="block_sparse_moe.gate.weight", experts=EXPERTS),
-        "fused": LayerNames(router="mlp.gate.weight",
-                            experts=Fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+        "fused": LayerNames(router="mlp.gate.weight", experts=FUSED_SWIGLU),
     }

@@ -2,10 +2,8 @@
 
 from moetrain.interop.huggingface.config_rules import Choice, Implied, Rotary, Same, SparseStep, Window
 from moetrain.interop.huggingface.families.base import Family, head_dim, kv_heads, sizes_of
-from moetrain.interop.huggingface.layer_names import Fused, LayerNames, swiglu_experts
+from moetrain.interop.huggingface.layer_names import FUSED_SWIGLU, LayerNames, swiglu_experts
 from moetrain.interop.huggingface.router_rules import SoftmaxRouter
-
-FUSED = Fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 class Qwen3Moe(Family):
@@ -26,5 +24,5 @@ class Qwen3Moe(Family):
     ]
     spellings = {
         "per_expert": LayerNames(router="mlp.gate.weight", experts=swiglu_experts("mlp.experts")),
-        "fused": LayerNames(router="mlp.gate.weight", experts=FUSED),
+        "fused": LayerNames(router="mlp.gate.weight", experts=FUSED_SWIGLU),
     }

@@ -1,4 +1,4 @@
-"""Public model families, by the model_type of their `config.json`."""
+"""All families, by the model_type of their `config.json`."""
 
 from moetrain.interop.huggingface.families.base import Family
 from moetrain.interop.huggingface.families.mixtral import Mixtral
