@@ -187,7 +187,8 @@ COVERS = {
     "comm/test_device": "machine",
     "comm/test_reduce": "comm/agreement",
     "config/test_bounds": "config/rules/ranges",
-    "config/test_checks": "config/rules/{data,losses,model,optim,parallel,paths,routers,run,train,wording}",
+    "config/test_checks": "config/rules/{data,losses,model,optim,parallel,paths} "
+                          "config/rules/{rotary,routers,run,train,wording}",
     "config/test_compose": "config/{groups,key,origins,overrides,parallel_schema,schema,tree,values} errors",
     "config/test_sizes": "config/architecture",
     "config/test_text_and_paths": "config/sweep",
@@ -229,6 +230,7 @@ COVERS = {
     "losses/test_pooled_slopes": "losses/{hetero_lbl,l1_lb,null_lbl}",
     "losses/test_scoped": "losses/{first_choice,importance,load}",
     "model/test_residual": "model/architecture",
+    "model/test_rotary": "config/rope_scaling",
     "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
     "moe/test_expert_form": "moe/normalized_expert",
     "moe/test_layer": "moe/wrappers",

@@ -86,6 +86,11 @@ def attention_top_k(sizes: ModelConfig) -> int:
     return sizes.num_heads // sizes.num_kv_heads
 
 
+def norm_tensors(sizes: ModelConfig) -> tuple[str, ...]:
+    """Names of the parameters of a block's norm, and of the last one, each as long as the model is wide."""
+    return ("weight", "bias") if sizes.norm == "layer" else ("weight",)
+
+
 def rounds(sizes: ModelConfig) -> int:
     """How often a token passes through the experts of a layer, and what is beside them."""
     return sizes.chain_rounds if sizes.block == "chain" else 1

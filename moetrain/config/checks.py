@@ -11,7 +11,19 @@ part in the BOUNDS of its class.
 import os
 from collections.abc import Callable, Iterator
 
-from moetrain.config.rules import data, losses, model, optim, parallel, paths, ranges, routers, run, train
+from moetrain.config.rules import (
+    data,
+    losses,
+    model,
+    optim,
+    parallel,
+    paths,
+    ranges,
+    rotary,
+    routers,
+    run,
+    train,
+)
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError
 
@@ -44,6 +56,9 @@ RULES: list[Rule] = [
     run.run_name,
     run.stop,
     model.heads,
+    rotary.rotary_channels,
+    rotary.rope_scaling,
+    rotary.residual_stream,
     model.attention_experts,
     model.layers,
     model.layer_pattern,

@@ -6,6 +6,7 @@ here and are left out everywhere. model/frozen.py freezes, and refuses patterns 
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from moetrain.config.architecture import (
     attention_parameters,
     beside_experts,
     expert_width,
+    norm_tensors,
     num_attention_experts,
     router_paths,
 )
@@ -48,11 +50,14 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
     width = sizes.dim
     for name in ("embed",) if sizes.tie_embeddings else ("embed", "head"):
         yield Named("rest", name, vocab_size * width)
-    yield Named("rest", "norm.weight", width)
+    if sizes.head_bias:
+        yield Named("rest", "head_bias", vocab_size)
+    for tensor in norm_tensors(sizes):
+        yield Named("rest", f"norm.{tensor}", width)
     for layer in range(sizes.num_layers):
         path = f"layers.{layer}"
-        for norm in ("attention_norm", "ffn_norm"):
-            yield Named("rest", f"{path}.{norm}.weight", width)
+        for norm, tensor in product(("attention_norm", "ffn_norm"), norm_tensors(sizes)):
+            yield Named("rest", f"{path}.{norm}.{tensor}", width)
         for name, shape in attention_parameters(sizes).items():
             matrix = len(shape) > 1 and name != "router.weight"
             yield Named("matrices" if matrix else "rest", f"{path}.attention.{name}", prod(shape))

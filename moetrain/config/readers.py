@@ -116,7 +116,9 @@ ALWAYS = frozenset("""
     run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
     run.max_restarts run.grace_s run.packages
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm model.attention
-    model.rope_theta model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
+    model.rope_theta model.partial_rotary_factor model.rope_interleaved model.rope_scaling model.norm
+    model.head_bias model.embedding_multiplier model.residual_multiplier model.logits_scaling
+    model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
     model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size model.block
     model.init_std
     init.from

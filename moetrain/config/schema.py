@@ -66,8 +66,23 @@ class ModelConfig:
     top_k_heads: int | None = key(None, "attention sliced: heads of a token; half of them when null")
     qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
     rope_theta: float = key(10000.0, "base of the rotary embedding")
-    norm_eps: float = key(1e-6, "epsilon of RMSNorm")
+    partial_rotary_factor: float = key(
+        1.0, "share of a head's channels, its first ones, that the rotary embedding turns")
+    rope_interleaved: bool = key(
+        False, "pairs of the rotary embedding are neighboring channels (DeepSeek), not those of two halves")
+    rope_scaling: dict[str, bool | int | float | str | list[float] | None] = key(
+        {},
+        "change of the rotary frequencies for longer texts: `type` linear, llama3, yarn or longrope, and its "
+        "arguments under the names of Hugging Face: {type: linear, factor: 4}; none: the plain ones")
+    norm: Literal["rms", "layer"] = key(
+        "rms", "norms of blocks and of the head's input; layer: LayerNorm with a bias")
+    norm_eps: float = key(1e-6, "epsilon of the norms")
     tie_embeddings: bool = key(False, "the head is the embedding")
+    head_bias: bool = key(False, "a bias of the logits")
+    embedding_multiplier: float = key(1.0, "factor of the embedding (Granite)")
+    residual_multiplier: float = key(
+        1.0, "factor of what attention and feed-forward networks add to the residual stream (Granite)")
+    logits_scaling: float = key(1.0, "divides the logits (Granite)")
     num_experts: int | list[int] = key(8, "routed experts a layer, or one entry a layer, 0 in a dense one")
     top_k: int | list[int] = key(2, "experts a token, or one entry a layer")
     expert_dim: int | list[int] = key(128, "hidden width F of an expert, or one entry a layer")

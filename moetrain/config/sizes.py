@@ -25,6 +25,7 @@ from moetrain.config.architecture import (
     beside_experts,
     dense_beside,
     expert_width,
+    norm_tensors,
     num_attention_experts,
     rounds,
     router_paths,
@@ -111,8 +112,9 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
     attention = {name: prod(shape) for name, shape in attention_parameters(sizes).items()}
     in_rest = sum(numbers for name, numbers in attention.items() if "norm" in name or "router" in name)
     matrices = sizes.num_layers * (sum(attention.values()) - in_rest)
-    rest = sizes.num_layers * (2 * width + in_rest) + width
-    rest += vocab_size * width * (1 if sizes.tie_embeddings else 2)
+    norm = width * len(norm_tensors(sizes))
+    rest = sizes.num_layers * (2 * norm + in_rest) + norm
+    rest += vocab_size * (width * (1 if sizes.tie_embeddings else 2) + sizes.head_bias)
     of_attention = sum(map(prod, attention_experts(sizes).values())) * sizes.num_layers
     experts, active = of_attention * num_attention_experts(sizes), of_attention * attention_top_k(sizes)
     for kind in layer_kinds(sizes):

@@ -187,6 +187,7 @@ class IncrementalModel:
         seen_S = ids_S[1:] if self.separate_first and len(ids_S) > 1 else ids_S
         if len(ids_S) > self.context:
             self.cache = None  # the window slides, so all positions change and the cache is invalid
+        self._refresh(len(seen_S))
         # A separate first token is not cached: no later token attends to it.
         if self.cache is not None and (not self.separate_first or len(ids_S) > 1):
             begin = self.cache.length
@@ -194,6 +195,14 @@ class IncrementalModel:
         both = self.separate_first and 1 < len(ids_S) <= self.context
         return self._last(ids_S[-self.context:],
                           documents_S=(torch.arange(len(ids_S)) > 0).long() if both else None)
+
+    def _refresh(self, length: int) -> None:
+        """Empty a cache whose keys were rotated by another table than a text of this length takes."""
+        if self.cache is None:
+            return
+        rotary = self.model.rotary
+        if self.cache.length and rotary.is_long(length) != rotary.is_long(self.cache.length):
+            self.cache = KeyValueCache(self.model, self.context)
 
     def _last(self, tokens_S: Tensor, *, first: int = 0, documents_S: Tensor | None = None,
               cache: KeyValueCache | None = None) -> Tensor:

@@ -29,6 +29,7 @@ class Head(NamedTuple):
 
     weight_VD: Tensor
     chunk: int = 0      # train.head_chunk: rows whose logits are in memory at a time; 0 is all
+    bias_V: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits [..., V] of hidden states [..., D], in float32 or better."""
@@ -64,7 +65,8 @@ class Head(NamedTuple):
         return torch.cat(values).view(several[0].shape[:2])
 
     def _logits(self, states: Tensor) -> Tensor:
-        logits = F.linear(states, self.weight_VD.to(states.dtype))
+        bias_V = None if self.bias_V is None else self.bias_V.to(states.dtype)
+        logits = F.linear(states, self.weight_VD.to(states.dtype), bias_V)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -115,7 +117,7 @@ class CrossEntropy(LanguageLoss):
     def score(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:
         if head.chunk:
             return linear_cross_entropy(states_BSD.flatten(0, 1), head.weight_VD, batch.targets_BS.flatten(),
-                                        head.chunk)
+                                        head.chunk, head.bias_V)
         return cross_entropy_sum(head.logits(states_BSD), batch.targets_BS)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetrain.model.norms import RMSNorm
 from moetrain.model.projection import Projection
-from moetrain.model.rotary import rotate
+from moetrain.model.rotary import Rotary, rotate
 from moetrain.ops.start import Start, residual_normal
 
 
@@ -58,13 +58,13 @@ class Attention(nn.Module):
         """How the matrix that writes to the residual stream starts."""
         return {"out.weight": residual_normal(drawn_as="out")}
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None,
                 earlier: Earlier | None = None) -> Tensor:
         """Attend to earlier positions of the same sequence, or document.
 
         Args:
             x_BSD: [B, S, D], normalized hidden states.
-            rotary: cos and sin [S, h] of the positions (`rotary_table`).
+            rotary: cos and sin of the positions.
             mask: bool [B, 1, S, S], True where a query attends to a key; None is causal.
             earlier: the layer's key-value cache, to which the new keys and values are appended. If it is not
                 empty, x has one position, the newest.

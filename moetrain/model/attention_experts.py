@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moetrain.model.attention import Earlier
 from moetrain.model.projection import Projection
+from moetrain.model.rotary import Rotary
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
 from moetrain.moe.experts import RoutedExperts
@@ -87,7 +88,7 @@ class AttentionExperts(SparseLayer):
         return {self.name: 2}
 
     def forward(self, x_BSD: Tensor, context: RouterContext, route_only: bool = False, *,
-                rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+                rotary: Rotary | None = None, mask: Tensor | None = None,
                 earlier: Earlier | None = None) -> MoEOutput:
         """Attend to earlier positions of the same sequence, or document.
 

@@ -15,6 +15,7 @@ from moetrain.config.architecture import attention_top_k, expert_width, num_atte
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
+from moetrain.config.rope_scaling import rotary_width
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
@@ -25,7 +26,9 @@ from moetrain.model.constant_gates import refuse_constant_gates
 from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize, materialize
+from moetrain.model.norms import NORMS
 from moetrain.model.parallelize import shard_parameters
+from moetrain.model.rotary import RotaryEmbedding
 from moetrain.model.sliced_attention import HeadSlice, SlicedAttention
 from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.bank import ExpertBank
@@ -114,10 +117,14 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
             dim=sizes.dim,
             layers=[_block(config, vocab_size, layer, placement, mesh, exchange_of)
                     for layer in range(sizes.num_layers)],
-            head_dim=head_width(sizes),
-            rope_theta=sizes.rope_theta,
+            rotary=RotaryEmbedding(width=rotary_width(sizes), theta=sizes.rope_theta,
+                                   interleaved=sizes.rope_interleaved, scaling=sizes.rope_scaling),
             eps=sizes.norm_eps,
+            norm=NORMS[sizes.norm],
             tie_embeddings=sizes.tie_embeddings,
+            head_bias=sizes.head_bias,
+            embedding_multiplier=sizes.embedding_multiplier,
+            logits_scaling=sizes.logits_scaling,
             dtype=compute,
         )
         if convert_model is not None:
@@ -266,6 +273,7 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
     else:
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
+                 norm=NORMS[sizes.norm], residual_multiplier=sizes.residual_multiplier,
                  recompute=recomputed(config.train.activation_checkpointing))
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.model.attention import Earlier
-from moetrain.model.rotary import rotate
+from moetrain.model.rotary import Rotary, rotate
 from moetrain.moe.capacity import CapacityPolicy
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
 from moetrain.moe.experts import RoutedExperts
@@ -89,7 +89,7 @@ class SlicedAttention(SparseLayer):
         return {self.name: 2}
 
     def forward(self, x_BSD: Tensor, context: RouterContext, route_only: bool = False, *,
-                rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+                rotary: Rotary | None = None, mask: Tensor | None = None,
                 earlier: Earlier | None = None) -> MoEOutput:
         """Attend to earlier positions of the same sequence, or document, head by head.
 

@@ -17,13 +17,16 @@ from torch.profiler import record_function
 
 from moetrain.model.attention import Attention, Cache, Earlier, document_mask
 from moetrain.model.feed_forward import FeedForward
-from moetrain.model.norms import RMSNorm
-from moetrain.model.rotary import rotary_table
+from moetrain.model.norms import LayerNorm, RMSNorm
+from moetrain.model.rotary import Rotary, RotaryEmbedding
 from moetrain.moe.experts import RoutedExperts
 from moetrain.moe.layer import SparseLayer
-from moetrain.ops.start import Start, normal
+from moetrain.ops.start import Start, constant, normal
 from moetrain.routers.base import Router, RouterContext, RoutingStats
 from moetrain.routers.shared import TiedModules, one_of_each
+
+# A function of the head's input [B, S, D], the head [V, D] and its bias [V] or None (`head_inputs`).
+Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class ModelOutput(NamedTuple):
@@ -54,17 +57,21 @@ class Block(nn.Module):
         feed_forward: a sparse layer, such as an MoE layer, or a dense network.
         dim: D.
         eps: of the norms.
+        norm: class of the norms.
+        residual_multiplier: factor of what both parts add to the residual stream (Granite).
         recompute: runs the block with activation checkpointing (model/activation_checkpointing.py); None
             keeps everything for backward.
     """
 
     def __init__(self, *, attention: Attention | SparseLayer, feed_forward: SparseLayer | FeedForward,
-                 dim: int, eps: float, recompute: Callable[..., BlockOutput] | None = None) -> None:
+                 dim: int, eps: float, norm: type[RMSNorm] | type[LayerNorm] = RMSNorm,
+                 residual_multiplier: float = 1.0,
+                 recompute: Callable[..., BlockOutput] | None = None) -> None:
         super().__init__()
-        self.recompute = recompute
-        self.attention_norm = RMSNorm(dim=dim, eps=eps)
+        self.recompute, self.residual_multiplier = recompute, residual_multiplier
+        self.attention_norm = norm(dim=dim, eps=eps)
         self.attention = attention
-        self.ffn_norm = RMSNorm(dim=dim, eps=eps)
+        self.ffn_norm = norm(dim=dim, eps=eps)
         sparse = isinstance(feed_forward, SparseLayer)
         self.moe = feed_forward if sparse else None
         self.ffn = None if sparse else feed_forward
@@ -74,14 +81,14 @@ class Block(nn.Module):
         """The parts of the block that route, in run order."""
         return [part for part in (self.attention, self.moe) if isinstance(part, SparseLayer)]
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None,
                 context: RouterContext, route_only: bool = False,
                 earlier: Earlier | None = None) -> BlockOutput:
         """Run the block, with activation checkpointing if gradients are enabled.
 
         Args:
             x_BSD: [B, S, D], residual stream.
-            rotary: cos and sin [S, h] of the positions.
+            rotary: cos and sin of the positions.
             mask: bool [B, 1, S, S], True where a query attends to a key; None is causal.
             context: what routers may know of the micro-batch.
             route_only: stop once the router has decided; x of the output is then meaningless.
@@ -94,7 +101,7 @@ class Block(nn.Module):
             return self.run(x_BSD, rotary, mask, context, route_only, earlier)
         return self.recompute(self.run, x_BSD, rotary, mask, context, route_only)
 
-    def run(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, context: RouterContext,
+    def run(self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None, context: RouterContext,
             route_only: bool = False, earlier: Earlier | None = None) -> BlockOutput:
         """Run the block without activation checkpointing. Arguments as in `forward`."""
         for layer in self.sparse_layers:
@@ -104,19 +111,25 @@ class Block(nn.Module):
         if isinstance(self.attention, SparseLayer):
             attended = self.attention(normed, context, route_only and self.moe is None, rotary=rotary,
                                       mask=mask, earlier=earlier)
-            x_BSD, context = x_BSD + attended.out_TD, context._replace(carry=attended.carry)
+            x_BSD, context = self._add(x_BSD, attended.out_TD), context._replace(carry=attended.carry)
             stats.update(attended.stats)
         else:
-            x_BSD = x_BSD + self.attention(normed, rotary, mask, earlier)
+            x_BSD = self._add(x_BSD, self.attention(normed, rotary, mask, earlier))
         if self.moe is not None and self.moe.takes_stream:
             sparse = self.moe(x_BSD, context, route_only, norm=self.ffn_norm)
             return BlockOutput(sparse.out_TD, {**stats, **sparse.stats}, sparse.carry)
         normed = self.ffn_norm(x_BSD)
         if self.moe is None:
             assert self.ffn is not None
-            return BlockOutput(x_BSD + self.ffn(normed), stats, context.carry)
+            return BlockOutput(self._add(x_BSD, self.ffn(normed)), stats, context.carry)
         sparse = self.moe(normed.flatten(0, 1), context, route_only)
-        return BlockOutput(x_BSD + sparse.out_TD.view_as(x_BSD), {**stats, **sparse.stats}, sparse.carry)
+        return BlockOutput(self._add(x_BSD, sparse.out_TD.view_as(x_BSD)), {**stats, **sparse.stats},
+                           sparse.carry)
+
+    def _add(self, x_BSD: Tensor, out_BSD: Tensor) -> Tensor:
+        """Add the output of a part to the residual stream."""
+        scaled = out_BSD if self.residual_multiplier == 1 else out_BSD * self.residual_multiplier
+        return x_BSD + scaled
 
 
 class Transformer(nn.Module):
@@ -129,26 +142,34 @@ class Transformer(nn.Module):
         vocab_size: V.
         dim: D.
         layers: the blocks, in order.
-        head_dim: h, width of an attention head.
-        rope_theta: base of the rotary frequencies.
+        rotary: angles of the rotary embedding.
         eps: of the last norm.
+        norm: class of the last norm.
         tie_embeddings: use the embedding as the head.
+        head_bias: add a bias to the logits.
+        embedding_multiplier: factor of the embedding (Granite).
+        logits_scaling: divides the logits (Granite).
         dtype: dtype of the activations.
     """
 
-    def __init__(self, *, vocab_size: int, dim: int, layers: list[Block], head_dim: int, rope_theta: float,
-                 eps: float, tie_embeddings: bool, dtype: torch.dtype) -> None:
+    def __init__(self, *, vocab_size: int, dim: int, layers: list[Block], rotary: RotaryEmbedding, eps: float,
+                 norm: type[RMSNorm] | type[LayerNorm] = RMSNorm, tie_embeddings: bool = False,
+                 head_bias: bool = False, embedding_multiplier: float = 1.0, logits_scaling: float = 1.0,
+                 dtype: torch.dtype) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta, self.dtype = head_dim, rope_theta, dtype
+        self.rotary, self.dtype = rotary, dtype
+        self.embedding_multiplier, self.logits_scaling = embedding_multiplier, logits_scaling
         self.embed = nn.Parameter(torch.empty(vocab_size, dim))
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(dim=dim, eps=eps)
+        self.norm = norm(dim=dim, eps=eps)
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
+        self.head_bias = nn.Parameter(torch.empty(vocab_size)) if head_bias else None
         self.tied = TiedModules(self.shared_modules())
 
     def starts(self) -> dict[str, Start]:
         """How embedding and head start."""
-        return {"embed": normal()} | ({} if self.head is None else {"head": normal()})
+        return {"embed": normal()} | ({} if self.head is None else {"head": normal()}) | (
+            {} if self.head_bias is None else {"head_bias": constant(0)})
 
     def shared_modules(self) -> dict[str, nn.Module]:
         """Make one of each module that the routers share."""
@@ -229,7 +250,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,
                 routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None,
-                score: Callable[[Tensor, Tensor], Tensor] | None = None) -> ModelOutput:
+                score: Score | None = None) -> ModelOutput:
         """Run the model over a micro-batch.
 
         Args:
@@ -242,15 +263,16 @@ class Transformer(nn.Module):
                 `tokens_BS` are appended.
             routed: called before the head with its input [B, S, D], not yet normalized, and the statistics of
                 all routers; its result takes the input's place.
-            score: called with the normalized input of the head [B, S, D] and the head [V, D], in place of
-                their product, the logits.
+            score: called with what `head_inputs` returns, in place of their product, the logits.
 
         Returns:
             Logits [B, S, V] or the score, and the statistics.
         """
         x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
-        rotary = rotary_table(tokens_BS.shape[1], self.head_dim, self.rope_theta, dtype=self.dtype,
-                              device=x_BSD.device, first=0 if cache is None else cache.length)
+        if self.embedding_multiplier != 1:
+            x_BSD = x_BSD * self.embedding_multiplier
+        rotary = self.rotary.table(tokens_BS.shape[1], dtype=self.dtype, device=x_BSD.device,
+                                   first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
         stats: dict[str, RoutingStats] = {}
         context = context._replace(tied=self.tied)
@@ -266,8 +288,27 @@ class Transformer(nn.Module):
             x_BSD = routed(x_BSD, stats)
         if route_only:
             return ModelOutput(None, stats)
-        head = self.embed if self.head is None else self.head
         with record_function("head"):
+            states_BSD, head_VD, bias_V = self.head_inputs(x_BSD)
             if score is not None:
-                return ModelOutput(None, stats, score(self.norm(x_BSD), head))
-            return ModelOutput(F.linear(self.norm(x_BSD), head.to(self.dtype)), stats)
+                return ModelOutput(None, stats, score(states_BSD, head_VD, bias_V))
+            bias_V = None if bias_V is None else bias_V.to(self.dtype)
+            return ModelOutput(F.linear(states_BSD, head_VD.to(self.dtype), bias_V), stats)
+
+    def head_inputs(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Prepare what logits are made of, which are states head^T + bias.
+
+        Dividing states and bias by `logits_scaling` divides the logits, whoever multiplies them and in
+        whatever chunks.
+
+        Args:
+            x_BSD: [B, S, D], not yet normalized.
+
+        Returns:
+            The states [B, S, D], the head [V, D] and the bias [V] or None.
+        """
+        states_BSD, bias_V = self.norm(x_BSD), self.head_bias
+        if self.logits_scaling != 1:
+            states_BSD = states_BSD / self.logits_scaling
+            bias_V = None if bias_V is None else bias_V / self.logits_scaling
+        return states_BSD, self.embed if self.head is None else self.head, bias_V

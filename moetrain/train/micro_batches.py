@@ -179,8 +179,8 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
         return (attach(x_BSD, found, lambda: run.objective.slopes(found, asked()))
                 if run.objective.attached else x_BSD)
 
-    def score(states_BSD: Tensor, head_VD: Tensor) -> Tensor:
-        head = Head(head_VD, run.config.train.head_chunk)
+    def score(states_BSD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        head = Head(head_VD, run.config.train.head_chunk, bias_V)
         total = language.score(states_BSD, head, batch)
         if run.objective.token_values:
             predicted.append(language.predicted(states_BSD, head, batch))

@@ -12,6 +12,8 @@ from moetrain.config.compose import compose
 from moetrain.config.rules.model import moe_layers
 from moetrain.errors import ConfigErrors
 
+LONGROPE = ("model.rope_scaling={type: longrope, factor: 4, original_max_position_embeddings: 64, "
+            "short_factor: [1], long_factor: [2]}")
 # overrides, number, what the advice says, overrides that follow the advice
 BROKEN = [
     (["run.steps=0"], 20, "run.steps=800", ["run.steps=1"]),
@@ -29,6 +31,31 @@ BROKEN = [
     (["model.num_kv_heads=3"], 23, "from 1, 2, 4", ["model.num_kv_heads=4"]),
     (["model.dim=66"], 24, "model.head_dim", ["model.head_dim=16"]),
     (["model.head_dim=15"], 25, "model.head_dim=16", ["model.head_dim=16"]),
+    (["model.partial_rotary_factor=0.1"], 296, "model.partial_rotary_factor=0.0625",
+     ["model.partial_rotary_factor=0.0625"]),
+    (["model.rope_scaling={factor: 4}"], 295, "model.rope_scaling.type=yarn",
+     ["model.rope_scaling={type: linear, factor: 4}"]),
+    (["model.rope_scaling={type: ntk}"], 295, "model.rope_scaling.type=yarn", ["model.rope_scaling={}"]),
+    (["model.rope_scaling={type: yarn, factor: 4}"], 295,
+     "model.rope_scaling.original_max_position_embeddings=<value>",
+     ["model.rope_scaling.original_max_position_embeddings=64"]),
+    (["model.rope_scaling={type: linear, factor: 4, beta_fats: 3}"], 295, "~model.rope_scaling.beta_fats",
+     ["~model.rope_scaling.beta_fats"]),
+    (["model.rope_scaling={type: linear, factor: -4}"], 295, "model.rope_scaling.factor=<value>",
+     ["model.rope_scaling.factor=4"]),
+    (["model.rope_scaling={type: llama3, factor: 4, original_max_position_embeddings: 64, "
+      "low_freq_factor: 4, high_freq_factor: 1}"], 295, "model.rope_scaling.high_freq_factor=16",
+     ["model.rope_scaling.high_freq_factor=16"]),
+    ([LONGROPE.replace("[2]", "[2,3]"), "model.head_dim=2"], 295, "model.rope_scaling.long_factor=<value>",
+     ["model.rope_scaling.long_factor=[2]"]),
+    ([LONGROPE.replace("factor: 4, ", ""), "model.head_dim=2"], 295, "model.rope_scaling.factor=<longest",
+     ["model.rope_scaling.factor=4"]),
+    ([LONGROPE.replace("factor: 4", "short_mscale: 1"), "model.head_dim=2"], 295, "give both",
+     ["model.rope_scaling.long_mscale=1.5"]),
+    (["model.attention=experts", "model.rope_interleaved=true"], 297, "leave model.rope_interleaved out",
+     ["model.rope_interleaved=false"]),
+    (["model.block=chain", "model.residual_multiplier=0.5"], 298, "model.residual_multiplier=1",
+     ["model.residual_multiplier=1"]),
     (["model.first_dense_layers=3"], 26, "model.first_dense_layers=2", ["model.first_dense_layers=2"]),
     (["model.num_experts=[8]"], 27, "model.num_experts=[8,8]", ["model.num_experts=[8,8]"]),
     (["model.top_k=[0,2]", "model.first_dense_layers=1"], 103, "model.dense_dim=256",

@@ -28,6 +28,7 @@ def counted(config: Config) -> int:
     ["model.block=chain", "model.first_dense_layers=1"],
     ["model.attention=sliced", "model.num_kv_heads=4", "model.first_dense_layers=1", "model.qk_norm=false"],
     ["model.attention=experts", "model.first_dense_layers=1", "model.qk_norm=false"],
+    ["model.norm=layer", "model.head_bias=true", "model.first_dense_layers=1"],
     ["model.block=latent", "model.first_dense_layers=1"]])
 def test_what_is_left_to_train_is_that_of_the_model(patterns: str, words: list[str]) -> None:
     if "tie_embeddings" in " ".join(words):

@@ -28,6 +28,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.attention=sliced", "model.num_kv_heads=4", "model.top_k_heads=1"],
           ["model.attention=experts", "model.num_attention_experts=6"],
           ["model.num_shared_experts=4", "model.shared_dim=40", "model.shared_gate=true"],
+          ["model.norm=layer", "model.head_bias=true"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 

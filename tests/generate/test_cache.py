@@ -22,6 +22,12 @@ MODELS = {
                         "router.weights=raw"],
     "sliced-attention": ["model.attention=sliced", "model.num_kv_heads=4"],
     "attention-experts": ["model.attention=experts", "model.num_attention_experts=5"],
+    "scaled-stream": ["model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
+                      "model.residual_multiplier=0.5", "model.logits_scaling=2"],
+    "yarn-of-neighbors": ["model.rope_interleaved=true", "model.partial_rotary_factor=0.5",
+                          "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 8}"],
+    "longrope": ["model.rope_scaling={type: longrope, factor: 4, original_max_position_embeddings: 10, "
+                 "short_factor: [1, 2], long_factor: [3, 5]}"],
     "documents": ["data.mask_documents=true"],
 }
 

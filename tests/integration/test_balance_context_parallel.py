@@ -18,7 +18,7 @@ from moetrain.config.compose import compose
 from moetrain.data.batches.batch import Batch
 from moetrain.data.loader import Loader
 from moetrain.model.attention import Attention
-from moetrain.model.rotary import rotary_table
+from moetrain.model.rotary import Rotary
 from moetrain.train import micro_batches as passes
 from moetrain.train.setup import set_up
 from moetrain.train.state import Run
@@ -55,11 +55,11 @@ class Gathered(torch.autograd.Function):
 class OverRanks(nn.Module):
     """Attention of a stretch over the whole sequence."""
 
-    def __init__(self, attention: Attention, group: Group, rotary: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, attention: Attention, group: Group, rotary: Rotary) -> None:
         super().__init__()
         self.attention, self.group, self.rotary = attention, group, rotary
 
-    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+    def forward(self, x_BsD: Tensor, rotary: Rotary, mask: Tensor | None,
                 earlier: None = None) -> Tensor:
         mixed_BSD = self.attention(Gathered.apply(x_BsD, self.group), self.rotary, mask)
         return mixed_BSD.chunk(self.group.size, 1)[self.group.position]
@@ -86,8 +86,7 @@ def over_ranks(world: int, overrides: list[str]) -> Run:
     first = mesh.rank // 2 * 2
     group = Group("cp", (first, first + 1), mesh.rank - first, mesh["ep"].process_group)
     assert group.ranks == mesh["ep"].ranks
-    rotary = rotary_table(LENGTH, run.state.model.head_dim, run.state.model.rope_theta, dtype=torch.float64,
-                          device=mesh.device)
+    rotary = run.state.model.rotary.table(LENGTH, dtype=torch.float64, device=mesh.device)
     for block in run.state.model.layers:
         block.attention = OverRanks(block.attention, group, rotary)
     run.loader = Cut(Loader(run.dataset, global_batch=16, micro_batch=8 // world, rank=first // 2,

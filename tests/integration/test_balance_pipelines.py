@@ -30,7 +30,6 @@ from moetrain.comm.reduce import sum_over
 from moetrain.config.compose import compose
 from moetrain.losses.attached import attach
 from moetrain.losses.language import cross_entropy_sum
-from moetrain.model.rotary import rotary_table
 from moetrain.routers.stack import stacks
 from moetrain.train.count_pool import AccumulatedCounts, CountAllReduce
 from moetrain.train.metrics import pool
@@ -80,7 +79,7 @@ class Chunk(nn.Module):
         context = step_context(0, 1, self.batches[int(number)])._replace(on_counts=pooling.micro_batch())
         if self.layers.start == 0:
             x = F.embedding(x, model.embed)
-        rotary = rotary_table(x.shape[1], model.head_dim, model.rope_theta, dtype=x.dtype, device=x.device)
+        rotary = model.rotary.table(x.shape[1], dtype=x.dtype, device=x.device)
         for block in self.blocks:
             x, of_block, _ = block(x, rotary, None, context)
             stats.update(of_block)

@@ -6,14 +6,9 @@ from torch import Tensor
 
 from moetrain.generate.cache import LayerKeyValues
 from moetrain.model.attention import Attention, document_mask
-from moetrain.model.rotary import rotary_table
-from tests.support.rotary import turned
+from tests.support.rotary import table, turned
 
-CPU, F64 = torch.device("cpu"), torch.float64
-
-
-def table(positions: int, width: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
-    return rotary_table(positions, width, theta, dtype=F64, device=CPU)
+F64 = torch.float64
 
 
 def attention(heads: int, kv_heads: int, *, qk_norm: bool = False) -> Attention:
@@ -93,7 +88,7 @@ def test_positions_one_by_one_after_the_first_give_what_all_at_once_give(heads, 
     earlier = LayerKeyValues(*(torch.full((2, kv_heads, 7, 4), torch.nan, dtype=F64) for _ in range(2)))
     parts = [module(x_BSD[:, :first], table(first, 4), None, earlier)]
     for position in range(first, 5):
-        rotary = rotary_table(1, 4, 100.0, dtype=F64, device=CPU, first=position)
+        rotary = table(1, 4, first=position)
         parts.append(module(x_BSD[:, position:position + 1], rotary, None, earlier))
     torch.testing.assert_close(torch.cat(parts, 1), module(x_BSD, table(5, 4), None))
     assert earlier.length == 5 and earlier.k_BHSh[:, :, 5:].isnan().all()

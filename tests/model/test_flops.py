@@ -27,6 +27,7 @@ SHAPES = {
     "a dense network beside the experts": ["model.block=residual", "model.num_shared_experts=1"],
     "experts in a narrower space": ["model.block=latent", "model.latent_dim=20",
                                     "model.num_shared_experts=1"],
+    "norms and a head with biases": ["model.norm=layer", "model.head_bias=true"],
     "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
 }
 VOCAB = 48

@@ -8,10 +8,10 @@ from moetrain.config.compose import compose
 from moetrain.errors import ConfigErrors
 from moetrain.model.attention import Attention, document_mask
 from moetrain.model.flops import training_flops
-from moetrain.model.rotary import rotary_table
 from moetrain.model.sliced_attention import SlicedAttention
 from moetrain.routers.base import RouterContext
 from tests.support.layer_equations import array, first_block, softmax
+from tests.support.rotary import table
 
 SLICED = ["model.attention=sliced", "model.num_heads=4", "model.num_kv_heads=4", "router.weights=raw"]
 B, S, D, H, HEAD = 2, 7, 16, 4, 4
@@ -19,7 +19,7 @@ B, S, D, H, HEAD = 2, 7, 16, 4, 4
 
 def inputs(**context) -> tuple[torch.Tensor, RouterContext, tuple[torch.Tensor, torch.Tensor]]:
     x_BSD = torch.randn(B, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    rotary = rotary_table(S, HEAD, 10000.0, dtype=torch.float64, device=x_BSD.device)
+    rotary = table(S, HEAD, 10000.0)
     return x_BSD, RouterContext(positions_T=torch.arange(S).repeat(B), **context), rotary
 
 

@@ -18,16 +18,18 @@ TARGETS = {
 }
 
 
-def inputs(dtype: torch.dtype, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+def inputs(dtype: torch.dtype, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     head_VD = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64)
     x_RD = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
     storage = torch.float64 if dtype == torch.float64 else torch.float32
-    return x_RD.to(dtype).requires_grad_(), head_VD.to(storage).requires_grad_()
+    bias_V = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+    return (x_RD.to(dtype).requires_grad_(),
+            *(parameter.to(storage).requires_grad_() for parameter in (head_VD, bias_V)))
 
 
-def plain(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor) -> Tensor:
-    logits = F.linear(x_RD, head_VD.to(x_RD.dtype))
+def plain(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    logits = F.linear(x_RD, head_VD.to(x_RD.dtype), None if bias_V is None else bias_V.to(x_RD.dtype))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets_R, ignore_index=-1, reduction="sum")
 
@@ -36,9 +38,11 @@ def plain(x_RD: Tensor, head_VD: Tensor, targets_R: Tensor) -> Tensor:
     "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 4, 13, 50])
 @pytest.mark.parametrize("targets", TARGETS)
-def test_value_and_gradients_are_those_of_the_plain_path(targets, chunk, dtype, tolerance):
-    ours, theirs = inputs(dtype), inputs(dtype)
-    value, expected = linear_cross_entropy(*ours, TARGETS[targets], chunk), plain(*theirs, TARGETS[targets])
+@pytest.mark.parametrize("biased", [False, True])
+def test_value_and_gradients_are_those_of_the_plain_path(biased, targets, chunk, dtype, tolerance):
+    ours, theirs = inputs(dtype)[:2 + biased], inputs(dtype)[:2 + biased]
+    value = linear_cross_entropy(*ours[:2], TARGETS[targets], chunk, *ours[2:])
+    expected = plain(*theirs[:2], TARGETS[targets], *theirs[2:])
     assert value.dtype == expected.dtype
     torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
     (0.3 * value).backward()
@@ -49,16 +53,16 @@ def test_value_and_gradients_are_those_of_the_plain_path(targets, chunk, dtype, 
 
 
 def test_no_rows_are_no_loss():
-    x_RD, head_VD = inputs(torch.float64, rows=0)
+    x_RD, head_VD, _ = inputs(torch.float64, rows=0)
     value = linear_cross_entropy(x_RD, head_VD, torch.zeros(0, dtype=torch.int64), 4)
     value.backward()
     assert value.item() == 0 and not head_VD.grad.any() and x_RD.grad.shape == (0, WIDTH)
 
 
 def test_a_gradient_that_nobody_wants_is_not_made():
-    x_RD, head_VD = inputs(torch.float64)
-    linear_cross_entropy(x_RD.detach(), head_VD, TARGETS["all"], 4).backward()
-    assert x_RD.grad is None and head_VD.grad is not None
+    x_RD, head_VD, bias_V = inputs(torch.float64)
+    linear_cross_entropy(x_RD.detach(), head_VD, TARGETS["all"], 4, bias_V.detach()).backward()
+    assert x_RD.grad is None and head_VD.grad is not None and bias_V.grad is None
 
 
 PEAK = """

@@ -85,6 +85,12 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
                   "router.weights=raw"),
     "sliced_attention": ("model.attention=sliced", "model.block=sliced", "model.num_kv_heads=4",
                          "router.weights=raw"),
+    "scaled_stream": (
+        "model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
+        "model.residual_multiplier=0.5", "model.logits_scaling=2", "model.head_dim=8",
+        "model.partial_rotary_factor=0.5", "model.rope_interleaved=true",
+        "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 8}",
+        "train.head_chunk=5"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
 }

@@ -1,7 +1,15 @@
-"""The rotation of rotary position embedding by its formula."""
+"""The rotation of rotary position embedding by its formula, and small tables of angles."""
 
 import torch
 from torch import Tensor
+
+from moetrain.model.rotary import Rotary, RotaryEmbedding
+
+
+def table(positions: int, width: int, theta: float = 100.0, first: int = 0,
+          dtype: torch.dtype = torch.float64, **options) -> Rotary:
+    embedding = RotaryEmbedding(width=width, theta=theta, **options)
+    return embedding.table(positions, dtype=dtype, device=torch.device("cpu"), first=first)
 
 
 def turned(x: Tensor, theta: float = 100.0) -> Tensor:

@@ -12,6 +12,7 @@ from moetrain.model.attention import Attention
 from moetrain.model.feed_forward import SharedExpert
 from moetrain.model.latent import LatentSpace
 from moetrain.model.residual import MixedResidual
+from moetrain.model.rotary import Rotary
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import ExpertBank
 from moetrain.moe.chain import ChainLayer
@@ -200,7 +201,7 @@ class RoutedAttention(SparseLayer):
         return {self.name: (self.name,)}
 
     def forward(self, x_BSD: Tensor, context: RouterContext, route_only: bool = False, *,
-                rotary: tuple[Tensor, Tensor], mask: Tensor | None, earlier: object) -> MoEOutput:
+                rotary: Rotary, mask: Tensor | None, earlier: object) -> MoEOutput:
         out_BSD = self.heads(x_BSD, rotary, mask, earlier)
         x_TD = out_BSD.flatten(0, 1)
         routing = self.route(self.name, x_TD, context)

@@ -18,6 +18,7 @@ from tests.support.needs import module
 
 # What transformers casts by, and what takes its place.
 _CASTS = {"torch.float32": "torch.float64", "dtype=torch.float,": "dtype=torch.float64,",
+          "dtype=torch.float)": "dtype=torch.float64)",
           ".float()": ".double()"}
 
 
@@ -46,12 +47,17 @@ def in_float64(made: nn.Module) -> nn.Module:
 @cache
 def _rewritten(cls: type[nn.Module]) -> Any:
     """The forward of a class of transformers with other dtypes; None where it casts nowhere."""
-    forward = inspect.unwrap(cls.forward)
-    source = textwrap.dedent(inspect.getsource(forward)) if cls.__module__.startswith("transformers.") else ""
+    own = not cls.__module__.startswith("transformers.")
+    return None if own else function_in_float64(inspect.unwrap(cls.forward))
+
+
+def function_in_float64(function: Any) -> Any:
+    """A function of transformers with other dtypes; None where it casts nowhere."""
+    source = textwrap.dedent(inspect.getsource(function))
     if not any(cast in source for cast in _CASTS):
         return None
     for narrow, wide in _CASTS.items():
         source = source.replace(narrow, wide)
-    namespace = dict(vars(sys.modules[cls.__module__]))
+    namespace = dict(vars(sys.modules[function.__module__]))
     exec(source, namespace)  # the installed package's own code
-    return namespace[forward.__name__]
+    return namespace[function.__name__]

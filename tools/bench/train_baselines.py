@@ -112,8 +112,9 @@ def copy_weights(model: Transformer, peer: Qwen3MoeForCausalLM) -> None:
 def our_side(model: Transformer, head_chunk: int) -> Side:
     """Our model as a side; `head_chunk` is train.head_chunk."""
     def loss(batch: Batch) -> Tensor:
-        def by_chunks(x_BSD: Tensor, head_VD: Tensor) -> Tensor:
-            return linear_cross_entropy(x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), head_chunk)
+        def by_chunks(x_BSD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+            return linear_cross_entropy(x_BSD.flatten(0, 1), head_VD, batch.targets_BS.flatten(), head_chunk,
+                                        bias_V)
 
         output = model(batch.tokens_BS, step_context(0, 1, batch), score=by_chunks if head_chunk else None)
         total = output.score if head_chunk else cross_entropy_sum(output.logits_BSV, batch.targets_BS)
