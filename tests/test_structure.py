@@ -176,7 +176,7 @@ COVERS = {
     "checkpoint/test_commit": "checkpoint/disk",
     "checkpoint/test_payload": "checkpoint/{records,verify} train/checkpoint/snapshot",
     "cli/test_check": "check/part",
-    "cli/test_checkpoint": "cli/inspect",
+    "cli/test_checkpoint": "cli/{inspect,table}",
     "cli/test_main": "__main__ cli/{help,train,version}",
     "cli/test_run_names": "config/run_names",
     "cli/test_slurm": "launch/{slurm_node,slurm_options}",
@@ -222,6 +222,7 @@ COVERS = {
     "interop/huggingface/test_families": "interop/huggingface/{layer_names,router_rules,semantics} "
                                          "interop/huggingface/families/{base,deepseek_v2,deepseek_v3,glm4_moe,gpt_oss,"
                                          "granitemoe,mixtral,olmoe,phimoe,qwen2_moe,qwen3_moe,registry}",
+    "interop/dcp/test_folder": "interop/dcp/records",
     "interop/test_megatron": "interop/megatron_index",
     "launch/test_local": "launch/{rank,status}",
     "launch/test_nodes": "launch/__main__",

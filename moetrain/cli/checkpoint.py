@@ -3,7 +3,11 @@
 <run> is a name or a directory, as it is or as run.name= or run.dir=.
 
 moetrain checkpoint verify <run> compares every byte with its checksum. It prints one line a checkpoint; the
-exit code is 13 when one of them is damaged.
+exit code is 13 when one of them is damaged. Experts that are equal or zero are named.
+
+moetrain checkpoint verify <folder> checks a folder of another program: of torch.distributed.checkpoint (DCP),
+or of safetensors files. It says whether every expert of every layer is there, is a number, and differs from
+the others; the exit code is 13 when one is not. Nothing that the folder holds is run.
 
 moetrain checkpoint resize <run> to=<name> keep=[0,2,5] add=2 writes a run with other experts in every layer,
 and changes nothing of its source. keep names those that stay, in their new order; keep=4 keeps the four that
@@ -20,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.verify import problems
-from moetrain.cli.inspect import named
+from moetrain.cli.inspect import named, named_foreign
 from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.units import decimal
@@ -38,11 +42,25 @@ def run(argv: list[str]) -> int:
             42, f"there is no verb checkpoint {given}".rstrip(), where="the command line",
             why=f"checkpoint can {', '.join(_SUBCOMMANDS)}",
             next=f"moetrain checkpoint {near[0]} <run>")
-    return verify(named(argv[1:], "checkpoint verify")) if argv[0] == "verify" else resize(argv[1:])
+    if argv[0] == "resize":
+        return resize(argv[1:])
+    foreign = named_foreign(argv[1:])
+    return verify(named(argv[1:], "checkpoint verify")) if foreign is None else verify_foreign(foreign)
+
+
+def verify_foreign(directory: Path) -> int:
+    """Check a folder of another program, and whether every expert is there and differs from the others."""
+    from moetrain.cli import foreign_folder
+
+    with _progress(2 * _bytes_in(directory)) as advance:
+        foreign_folder.verify(directory, advance)
+    return 0
 
 
 def verify(checkpoints: list[Path]) -> int:
     """Read all checkpoints, then raise CheckpointError with every damaged file."""
+    from moetrain.cli.foreign_folder import verify_own
+
     harm: list[CheckpointError] = []
     damaged = 0
     sizes = {directory: _bytes_in(directory) for directory in checkpoints}
@@ -57,6 +75,8 @@ def verify(checkpoints: list[Path]) -> int:
             print(f"{word:8s} {directory}   {decimal(size, 'B', 4)} in {seconds:.1f} s")
             for error in found:
                 print(f"         {Path(error.where).name}: {error.why}")
+            if not found:
+                harm += verify_own(directory, advance)
     if harm:
         raise CheckpointError(
             5, f"{damaged} of {len(checkpoints)} checkpoints {'is' if damaged == 1 else 'are'} damaged",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from moetrain.cli.inspect import table
+from moetrain.cli.table import table
 from moetrain.config.schema import Config
 from moetrain.data.account.ledgers import HELD, FileEntry, FileLedger, writable_name
 from moetrain.data.account.text import formats_text, reasons, splits_text, text_lines

@@ -3,6 +3,9 @@
 <run> is a name or a directory, as it is or as run.name= or run.dir=; of a run the newest checkpoint is shown.
 --tensors lists every tensor with its place; a pattern chooses some, as 'model.layers.0.*' or '*experts.7.*'.
 Only the manifest is read; moetrain checkpoint verify reads the content.
+
+A folder of another program is shown as well: of torch.distributed.checkpoint (DCP), or of safetensors files.
+Its experts are listed by layer. Nothing that such a folder holds is run.
 """
 
 from collections.abc import Iterator
@@ -14,8 +17,10 @@ from typing import Any
 
 from moetrain.checkpoint.manifest import NAME, read_manifest
 from moetrain.checkpoint.records import ITEM_BYTES, Manifest, TensorEntry, split_expert
+from moetrain.cli.table import table
 from moetrain.config.run_names import reference
 from moetrain.errors import ConfigError
+from moetrain.interop.dcp.records import is_stored
 from moetrain.runs.named_checkpoint import named_checkpoints
 from moetrain.units import decimal
 
@@ -28,12 +33,24 @@ def run(argv: list[str]) -> int:
     if "--tensors" in argv:
         place = argv.index("--tensors")
         pattern, argv = (argv[place + 1:] or ["*"])[0], argv[:place] + argv[place + 2:]
+    foreign = named_foreign(argv)
+    if foreign is not None:
+        from moetrain.cli import foreign_folder
+
+        print("\n".join(foreign_folder.inspect(foreign, pattern)))
+        return 0
     checkpoints = named(argv, "inspect")
     directory = checkpoints[-1]
     manifest = read_manifest(directory)
     lines = tensors(manifest, pattern) if pattern is not None else summary(directory, manifest, checkpoints)
     print("\n".join(lines))
     return 0
+
+
+def named_foreign(argv: list[str]) -> Path | None:
+    """Folder of another program that a command line names; None where it names something else."""
+    path = Path(argv[0].removeprefix("run.dir=")) if len(argv) == 1 else None
+    return path if path is not None and path.is_dir() and is_stored(path) else None
 
 
 def named(argv: list[str], verb: str) -> list[Path]:
@@ -141,12 +158,3 @@ def size(entry: TensorEntry) -> int:
 def shape(entry: TensorEntry) -> str:
     """Write the shape of a tensor."""
     return "[" + ", ".join(map(str, entry.shape)) + "]"
-
-
-def table(rows: list[list[str]]) -> Iterator[str]:
-    """Yield the lines of a table: columns of equal width, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    left = [column == 0 or not rows[-1][column][:1].isdigit() for column in range(len(widths))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) if left[column] else cell.rjust(width)
-                        for column, (cell, width) in enumerate(zip(row, widths))).rstrip()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moetrain.cli.corpus_report import MOST_ROWS, document_lines, left_out, record_of, rest
-from moetrain.cli.inspect import table
+from moetrain.cli.table import table
 from moetrain.config.schema import Config
 from moetrain.data.account.ledgers import HELD, FileLedger
 from moetrain.data.inspection import Inspection

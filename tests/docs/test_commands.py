@@ -41,6 +41,7 @@ ELSEWHERE = {
     "engine=deepspeed": "interop/test_deepspeed.py::test_the_command_ends_with_0_and_resumes",
     "data=memmap": "data/pretokenized/test_memmap.py::test_a_run_trains_evaluates_and_resumes",
     "data=megatron": "interop/test_megatron.py::test_a_run_trains_evaluates_and_resumes",
+    "/path/to/checkpoint": "cli/test_foreign_folder.py::test_verify_says_whether_every_expert_is_there",
     "bash tools/test.sh": "it runs this test",
     "bash tools/check/gpu.sh":
         "tools/test_check_gpu.py::test_every_stage_runs_to_its_last_line_on_a_simulated_gpu",
