@@ -34,6 +34,7 @@ from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.renamed import translate
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config
+from moetrain.config.taken_over import source_config, take_over
 from moetrain.config.trained_keys import is_fixed, refuse_starts, with_trained_widths
 from moetrain.config.values import as_tree, flatten, show
 from moetrain.config.yaml_file import load
@@ -63,9 +64,38 @@ def compose(overrides: Sequence[str]) -> Config:
     command, problems = read(overrides)
     values, files = _compose_yaml(command.choices)
     if named is None:
+        files = _from_source(values, files, command, problems)
         return tree.finish(values, command, problems, files)
     directory, trained = _trained(named, problems)
     return _on_recorded(as_tree(trained), trained, directory, values, command, problems, files)
+
+
+def _from_source(values: tree.Tree, files: list[tuple[str, Path]], command: Command,
+                 problems: Problems) -> list[tuple[str, Path]]:
+    """Take the model over from the run that `init.from` names (config/taken_over.py).
+
+    Args:
+        values: what the options of the command compose to, which is changed.
+        files: their yaml files, the strongest first.
+        command: the command line.
+        problems: its mistakes so far, which are raised together with those of that run's config.
+
+    Returns:
+        The yaml files, with that run's.
+    """
+    path = source_config(values, command)
+    if path is None:
+        return files
+    of_experiment = frozenset[str]()
+    if command.choices.get("experiment"):
+        without, _ = _hydra_compose(config_dir(), {**command.choices, "experiment": []})
+        of_experiment = frozenset(name for name in values if values[name] != without.get(name))
+    try:
+        source = as_tree(from_yaml(path))
+    except ConfigError as error:
+        raise ConfigErrors([*problems.errors, *getattr(error, "errors", [error])]) from None
+    taken = take_over(values, source, command, of_experiment)
+    return [*((section, path) for section in taken), *files]
 
 
 def idle_overrides(overrides: Sequence[str]) -> set[str]:
@@ -75,7 +105,8 @@ def idle_overrides(overrides: Sequence[str]) -> set[str]:
     """
     command, problems = read(overrides)
     try:
-        tree.finish(_compose_yaml(command.choices)[0], command, problems, [])
+        values, files = _compose_yaml(command.choices)
+        tree.finish(values, command, problems, _from_source(values, files, command, problems))
     except ConfigErrors:  # compose() reports them
         pass
     return set(problems.unread)

@@ -41,7 +41,10 @@ class Origins(NamedTuple):
             return f"{path} in {self.recorded}"
         for section, file in self.files:
             inside = path.removeprefix(f"{section}.") if section else path
-            if (not section or inside != path) and _holds(load(file), inside.split(".")):
+            tree = load(file)
+            # The config.yaml of a run that a section was taken over from has its other sections, too.
+            if (not section or inside != path) and (
+                    _holds(tree, inside.split(".")) or _holds(tree, path.split("."))):
                 shown = file.relative_to(config_dir().parent) if file.is_relative_to(config_dir()) else file
                 return f"{path} in {shown}"
         return f"{path}, at its default"

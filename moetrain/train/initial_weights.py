@@ -26,6 +26,7 @@ from moetrain.model.build import ConvertModel, weights_on_meta
 from moetrain.parallel.state_shards import DTYPE_NAMES
 from moetrain.runs.completion import newest_sound_checkpoint, trained_config
 from moetrain.runs.named_checkpoint import named_checkpoints
+from moetrain.runs.origin import keep_origin
 from moetrain.train.checkpoint.load import load_weights
 from moetrain.train.state import Run
 
@@ -89,7 +90,9 @@ def check_weights(config: Config, checkpoint: Path, manifest: Manifest, vocab_si
     found = stored_tensors(manifest, WEIGHTS)
     if not (differ := differences(expected, found)):
         return
-    advice = f"set model.* as {checkpoint.parents[1] / 'config.yaml'} has it, or leave init.from out"
+    own = checkpoint.parents[1] / "config.yaml"
+    advice = (f"leave model=, model.* and experiment= out: the model of {own} is then taken over; "
+              "or leave init.from out")
     wanted, there = expected.get(EMBEDDING), found.get(EMBEDDING)
     if wanted and there and there.shape[0] > wanted.shape[0] and there.shape[1:] == wanted.shape[1:]:
         advice = f"model.vocab_size={there.shape[0]}; or {advice}"
@@ -116,6 +119,8 @@ def load_initial_weights(run: Run, convert_model: ConvertModel | None = None) ->
     check_weights(run.config, checkpoint, read_manifest(checkpoint), run.state.model.embed.shape[0],
                   convert_model)
     manifest = load_weights(run.state.model, checkpoint, run.mesh, verify=run.config.checkpoint.verify)
+    if run.mesh.is_main:
+        keep_origin(checkpoint.parents[1], run.directory)
     own, theirs = getattr(run.dataset, "tokenizer", None), manifest.facts.get("tokenizer")
     if run.mesh.is_main and own is not None and theirs not in (None, own.identity):
         log.warning("[warn] the weights were trained with the tokenizer %.32s, and the data is read with "

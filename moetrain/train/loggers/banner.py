@@ -11,8 +11,12 @@ import torch
 
 from moetrain import __version__
 from moetrain.comm.device import unused_gpu
+from moetrain.config.compose import from_yaml
 from moetrain.config.layer_pattern import sparse_layers
+from moetrain.config.run_names import has_config
 from moetrain.config.schema import CheckpointConfig, ModelConfig
+from moetrain.config.taken_over import SECTIONS
+from moetrain.config.values import flatten, show
 from moetrain.data.account.text import left_out_line
 from moetrain.files import nearby
 from moetrain.losses.base import AuxLoss
@@ -79,7 +83,27 @@ def weights_line(run: Run) -> str:
     if init.from_ is None:
         return ""
     source = f"{nearby(Path(init.from_))}, digest {str(init.digest)[:12]}"
-    return f"from {source}" if not run.state.step else f"began from {source}; its own checkpoint goes on"
+    if run.state.step:
+        return f"began from {source}; its own checkpoint goes on"
+    return f"from {source}{_taken_over(run)}"
+
+
+def _taken_over(run: Run) -> str:
+    """What the run has in common with the one that its weights come from, and by which keys it differs."""
+    path = Path(str(run.config.init.from_)).parents[1]
+    if not has_config(path):
+        return ""
+    ours, theirs = (flatten(config) for config in (run.config, from_yaml(path / "config.yaml")))
+    same, differ = [], []
+    for part in (*SECTIONS, "data.tokenizer"):
+        keys = [key for key in {**ours, **theirs} if key == part or key.startswith(f"{part}.")]
+        found = [key for key in keys if ours.get(key) != theirs.get(key)]
+        if not found:
+            same.append(part.removeprefix("data."))
+        differ += found
+    text = f"; its {', '.join(same)}" if same else ""
+    return text + (f"; other than there: {', '.join(f'{key} {show(ours.get(key))}' for key in differ[:4])}"
+                   f"{', …' * (len(differ) > 4)}" if differ else "")
 
 
 def threads_text() -> str:
