@@ -223,6 +223,8 @@ COVERS = {
                                          "interop/huggingface/families/{base,deepseek_v2,deepseek_v3,glm4_moe,gpt_oss,"
                                          "granitemoe,mixtral,olmoe,phimoe,qwen2_moe,qwen3_moe,registry}",
     "interop/dcp/test_folder": "interop/dcp/records",
+    "interop/huggingface/test_folder": "interop/huggingface/{folder_writer,shard_file}",
+    "interop/huggingface/test_importing": "interop/huggingface/exporting",
     "interop/test_megatron": "interop/megatron_index",
     "launch/test_local": "launch/{rank,status}",
     "launch/test_nodes": "launch/__main__",
@@ -233,7 +235,6 @@ COVERS = {
     "model/test_residual": "model/architecture",
     "model/test_rotary": "config/rope_scaling",
     "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
-    "moe/test_clamped_swiglu": "ops/clamped_swiglu",
     "moe/test_expert_form": "moe/normalized_expert",
     "moe/test_layer": "moe/wrappers",
     "plan/cost/test_link_traffic": "plan/cost/machine",
