@@ -18,6 +18,7 @@ it is. Time and memory stay proportional to the length of the pickle:
     shared parts    stay shared; whoever walks the result must expect that one part is there many times
 """
 
+import gc
 import pickletools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -27,10 +28,6 @@ MOST_BITS = 256
 MOST_OPCODES = 50_000_000  # 1.5 million chunks of tensors
 
 _LARGEST_KEY = 1 << 60     # below it an int is its own hash
-_PUSHED = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
-           "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict"})  # read as dicts
 
@@ -96,7 +93,13 @@ def read_pickle(content: bytes, known: Collection[str], *, key: Callable[[Record
         The value; objects are `Record`, names `Name`, an identifier of persistent data
         `Record("persistent")`.
     """
-    return _Machine(known, key).run(content)
+    collected = gc.isenabled()
+    gc.disable()       # nothing here refers to itself, and looking for what does takes most of the time
+    try:
+        return _Machine(known, key).run(content)
+    finally:
+        if collected:
+            gc.enable()
 
 
 class _Machine:
@@ -110,37 +113,35 @@ class _Machine:
         self.tuple_depths: dict[int, int] = {}  # by id, of tuples that hold containers
 
     def run(self, content: bytes) -> Any:
-        count = 0
+        count, most, place = 0, MOST_OPCODES, None
         try:
             for opcode, argument, place in pickletools.genops(content):
+                method = _METHODS.get(opcode.name)
+                if method is None:
+                    break
+                method(self, argument)
                 count += 1
-                if count > MOST_OPCODES:
-                    raise PickleError(f"it has more than {MOST_OPCODES:,} opcodes")
-                if opcode.name == "STOP":
-                    if len(self.stack) != 1 or place is None or place + 1 != len(content):
-                        raise PickleError("it does not end where its value is complete")
-                    return self.pop()
-                self.step(opcode.name, argument)
+                if count > most:
+                    raise PickleError(f"it has more than {most:,} opcodes")
+            else:
+                raise PickleError("it has no end")
         except PickleError:
             raise
         except (ValueError, OverflowError, IndexError, TypeError, KeyError) as error:
             raise PickleError(f"opcode {count} cannot be read: {str(error)[:200]}") from error
-        raise PickleError("it has no end")
+        if opcode.name != "STOP":
+            raise PickleError(f"opcode {opcode.name} is none that a checkpoint holds")
+        if len(self.stack) != 1 or place is None or place + 1 != len(content):
+            raise PickleError("it does not end where its value is complete")
+        return self.pop()
 
-    def step(self, opcode: str, argument: Any) -> None:
-        if opcode in _PUSHED:
-            if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
-                raise PickleError(f"it holds a number of {argument.bit_length()} bits")
-            self.stack.append(argument)
-        elif opcode in _CONSTANTS:
-            self.stack.append(_CONSTANTS[opcode])
-        elif opcode in _TUPLES:
-            self.push_tuple(tuple(self.pop() for _ in range(_TUPLES[opcode]))[::-1])
-        else:
-            method = _METHODS.get(opcode)
-            if method is None:
-                raise PickleError(f"opcode {opcode} is none that a checkpoint holds")
-            method(self, argument)
+    def push(self, argument: Any) -> None:
+        self.stack.append(argument)
+
+    def push_long(self, argument: int) -> None:
+        if argument.bit_length() > MOST_BITS:
+            raise PickleError(f"it holds a number of {argument.bit_length()} bits")
+        self.stack.append(argument)
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -270,7 +271,26 @@ class _Machine:
         self.stack.append(self.memo[argument])
 
 
+def _constant(value: bool | None) -> Callable[[_Machine, Any], None]:
+    return lambda machine, argument: machine.stack.append(value)
+
+
+def _tuple_of(count: int) -> Callable[[_Machine, Any], None]:
+    return lambda machine, argument: machine.push_tuple(tuple([machine.pop() for _ in range(count)][::-1]))
+
+
+_PUSHED = ("BININT", "BININT1", "BININT2", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+           "SHORT_BINBYTES", "BINBYTES", "BINBYTES8")
 _METHODS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(_PUSHED, _Machine.push),
+    "LONG1": _Machine.push_long,
+    "LONG4": _Machine.push_long,
+    "NONE": _constant(None),
+    "NEWTRUE": _constant(True),
+    "NEWFALSE": _constant(False),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
     "PROTO": lambda machine, argument: None,
     "FRAME": lambda machine, argument: None,
     "MARK": _Machine.mark,
