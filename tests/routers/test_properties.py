@@ -1,12 +1,10 @@
 """What every router of conf/router/ promises, whatever it routes by (moetrain/check/router.py)."""
 
-import pytest
 import torch
 from torch.nn.functional import silu
 
 from moetrain.check.findings import findings
 from moetrain.check.router import router_checks
-from moetrain.config.groups import group_options
 from moetrain.model.initialization import declared_starts, initialize
 from tests.support.any_router import (
     D,
@@ -115,11 +113,10 @@ def test_a_layer_is_the_sum_of_its_experts_by_a_loop_over_tokens(option, overrid
     torch.testing.assert_close(layer(x_TD, told).out_TD, expected_TD)
 
 
-@pytest.mark.parametrize("option", [
-    option for option in group_options()["router"] if router_of(option, []).choice_tensors])
-def test_experts_may_be_named_in_any_order(option):
+@chosen_routers(lambda router: bool(router.choice_tensors) and not router.holds_ids)
+def test_experts_may_be_named_in_any_order(option, overrides):
     """Inside groups, which are sets of consecutive ids."""
-    router, renamed = router_of(option, []), router_of(option, [])
+    router, renamed = router_of(option, overrides), router_of(option, overrides)
     generator, groups = torch.Generator().manual_seed(0), getattr(router, "num_groups", 1)
     order = torch.cat([first + torch.randperm(E // groups, generator=generator)
                        for first in range(0, E, E // groups)])

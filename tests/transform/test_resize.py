@@ -149,9 +149,10 @@ def test_an_argument_of_the_router_follows(place: Path, capsys: pytest.CaptureFi
         assert found.config.router["proj_dim"] == 4 and found.config.model.num_experts == 12
 
 
-@pytest.mark.parametrize("option", group_options()["router"])
-def test_what_depends_on_the_number_of_experts_is_declared(option: str) -> None:
-    routers = [router_of(option, [], experts) for experts in (8, 12)]
+@pytest.mark.parametrize("option, overrides", [*((option, []) for option in group_options()["router"]),
+                                               ("topk", ["router.noise=normal", "router.logit_bias=true"])])
+def test_what_depends_on_the_number_of_experts_is_declared(option: str, overrides: list[str]) -> None:
+    routers = [router_of(option, overrides, experts) for experts in (8, 12)]
     few, many = (router.state_dict() for router in routers)
     differ = {name for name, tensor in few.items() if tensor.shape != many[name].shape}
     declared = routers[0].choice_tensors & few.keys()
