@@ -207,8 +207,9 @@ class IncrementalModel:
     def _last(self, tokens_S: Tensor, *, first: int = 0, documents_S: Tensor | None = None,
               cache: KeyValueCache | None = None) -> Tensor:
         """Run tokens whose first one has the position `first` in the window; return the last one's logits."""
-        tokens_BS, documents_BS = (None if part is None else to_device(part[None], self.model.embed.device)
-                                   for part in (tokens_S, documents_S))
+        device = self.model.embed.device
+        tokens_BS = to_device(tokens_S[None], device)
+        documents_BS = None if documents_S is None else to_device(documents_S[None], device)
         told = token_context(
             tokens_BS, seed=self.key.seed, step=self.key.step, training=False, first=first,
             sample_ids_B=torch.full_like(tokens_BS[:, 0], self.key.sample_id))

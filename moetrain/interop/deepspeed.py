@@ -97,7 +97,7 @@ class Zero:
 
     def whole(self, moment: str) -> dict[nn.Parameter, Tensor]:
         """Gather a moment of every dense parameter from all ranks. Collective."""
-        found = {}
+        found: dict[nn.Parameter, Tensor] = {}
         for parameters, part in zip(self.parameters, self.parts):
             own = self.inner.state[part][moment]
             flat = own.new_empty(own.numel() * self.group.size)
@@ -126,7 +126,7 @@ class Zero:
 
 
 class ZeroReducer:
-    """Reducer of all gradients, in place of parallel.data_parallel.GradientReducer."""
+    """Reducer of all gradients: ZeRO's for dense parameters, that of data parallelism for experts."""
 
     def __init__(self, zero: Zero, experts: GradientReducer) -> None:
         self.zero, self.experts = zero, experts

@@ -21,7 +21,7 @@ the id that --append-eod wrote.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -133,8 +133,8 @@ def _datasets(path: str, held_out: str | None, *,
     else:
         prefixes = _expand(blend.prefixes)
         train, own, ignored = _name_datasets(prefixes, None if held_out is None else TRAIN), [], []
-        train = [dataset._replace(weight=weight)
-                 for dataset, weight in zip(train, blend.weights or [None] * len(train))]
+        weights: Sequence[float | None] = blend.weights or [None] * len(train)
+        train = [dataset._replace(weight=weight) for dataset, weight in zip(train, weights)]
     taken = {os.path.realpath(dataset.prefix) for dataset in valid}
     ignored = [(dataset, why) for dataset, why in ignored if os.path.realpath(dataset.prefix) not in taken]
     ignored += [(dataset, HELD_OUT) for dataset in train if os.path.realpath(dataset.prefix) in taken]

@@ -17,7 +17,7 @@ from moetrain.errors import ConfigError
 from moetrain.model.transformer import Transformer
 from moetrain.moe.bank import is_expert_parameter
 from moetrain.moe.experts import RoutedExperts
-from moetrain.parallel.data_parallel import GradientReducer
+from moetrain.parallel.data_parallel import GradientReducer, Reducer
 from moetrain.parallel.fsdp import shard
 from moetrain.parallel.fssdp.copies import CopyManager
 from moetrain.plan.cost.machine import Topology
@@ -28,7 +28,7 @@ class Parallel(NamedTuple):
 
     dense: list[nn.Parameter]
     experts: list[nn.Parameter]
-    reducer: GradientReducer
+    reducer: Reducer
     copies: CopyManager | None = None        # copies of experts, with parallel=fssdp
 
     def begin(self, micro_batches: int) -> None:

@@ -8,6 +8,7 @@ the optimizer decay them.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from moetrain.comm.mesh import Group
 from moetrain.comm.reduce import sum_over_async
 
 BUCKET_BYTES = 32 * 2**20
+
+
+class Reducer(Protocol):
+    """What sums gradients over ranks after the last backward pass of a step."""
+
+    def reduce(self) -> None:
+        """Sum all gradients."""
 
 
 class GradientReducer:

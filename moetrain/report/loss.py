@@ -52,9 +52,10 @@ def read_losses(run_dir: Path) -> Losses:
     starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
     keys = (name for record in evaluations for name in record if name.startswith("loss/"))
     names = dict.fromkeys(name.removeprefix("loss/") for name in keys)
+    at, tokens, trained = (np.array([record[name] for record in steps], dtype=float)
+                           for name in ("step", "tokens", "loss/ce"))
     return Losses(
-        *(np.array([record[name] for record in steps], dtype=float)
-          for name in ("step", "tokens", "loss/ce")),
+        at, tokens, trained,
         np.array([record["step"] for record in evaluations], dtype=float),
         {name: np.array([record.get(f"loss/{name}", math.nan) for record in evaluations], dtype=float)
          for name in names},

@@ -46,8 +46,9 @@ def witten_bell(dataset: TokenDataset, *, windows: int, batch: int, order: int) 
     for part, name in enumerate(dataset.measured):
         sizes = [dataset.bytes_of_targets(found)
                  for found in dataset.heldout(part, windows=windows, batch=batch)]
-        if None not in sizes and sum(sizes):
-            measured[name] = (_positions(dataset, part, windows), sum(sizes))
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes) and sum(known) > 0:
+            measured[name] = (_positions(dataset, part, windows), sum(known))
     if not measured:
         return {}
     nats = _nats(dataset, np.concatenate([positions for positions, _ in measured.values()]), order)
@@ -147,7 +148,7 @@ def _contexts(columns: list[np.ndarray] | np.ndarray, vocab: int,
               length: int | None = None) -> np.ndarray:
     """Encode every context as a number below 2^63 / vocab: exactly while vocab^k fits, else as a hash."""
     space = _INT64_MAX // vocab
-    size = length if length is not None else columns.shape[1]
+    size = length if length is not None else np.shape(columns)[1]
     if vocab ** len(columns) <= space:
         context = np.zeros(size, np.int64)
         for column in columns:

@@ -70,7 +70,7 @@ def lift(choices_ME: np.ndarray) -> np.ndarray:
 def headline(found: Specialization) -> str:
     """Sum up the picture in a line."""
     nats = {name: mutual_information(choices_ME) for name, choices_ME in found.choices.items()}
-    most = max(nats, key=nats.get)
+    most = max(nats, key=lambda name: nats[name])
     share = nats[most] / np.log(max(2, len(found.domains)))
     return (f"A choice tells {share:.0%} of what there is to know of its domain in {most}; "
             f"{np.mean(list(nats.values())):.2f} nats on average")

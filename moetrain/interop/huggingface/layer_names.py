@@ -52,10 +52,11 @@ class PerExpert(NamedTuple):
     def maps(self, ours: str, theirs: str, config: Config, layer: int) -> list[TensorMap]:
         """Map the experts of a layer. Arguments as of `layer_maps`."""
         sizes = config.model
-        return [found for expert in range(per_layer(sizes.num_experts, layer))
-                for found in expert_maps(_expert(ours, expert),
-                                         *(theirs + name.format(expert) for name in self),
-                                         per_layer(sizes.expert_dim, layer))]
+        width, maps = per_layer(sizes.expert_dim, layer), list[TensorMap]()
+        for expert in range(per_layer(sizes.num_experts, layer)):
+            gate, up, down = (theirs + name.format(expert) for name in self)
+            maps += expert_maps(_expert(ours, expert), gate, up, down, width)
+        return maps
 
 
 class Fused(NamedTuple):
