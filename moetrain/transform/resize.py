@@ -39,8 +39,9 @@ from moetrain.model.initialization import declared_starts
 from moetrain.model.transformer import Transformer
 from moetrain.ops.start import Place
 from moetrain.parallel.state_shards import DTYPES, StateShard, experts_path, weights
+from moetrain.transform.frame import Rule, transform
 from moetrain.transform.reader import WeightsReader, open_weights
-from moetrain.transform.writer import Training, write_run
+from moetrain.transform.writer import Training
 
 # Ids of experts or a number of them; for all banks, or by the name of a bank.
 Keep = int | Sequence[int] | Mapping[str, int | Sequence[int]] | None
@@ -90,9 +91,10 @@ def resize_experts(source: str | Path, directory: str | Path, *, keep: Keep = No
         config = _named(_resized_config(config, resizings), directory)
         new = _meta(config, reader.vocab_size, convert_model)
         resized = _Resized(reader, config, old, new, resizings)
-        return write_run(directory, config, resized.tensors(), source=reader, training=resized.training(),
-                         facts={"resized": {name: part._asdict() for name, part in resizings.items()}},
-                         convert_model=convert_model)
+        rule = Rule("resize", {"experts": {name: part._asdict() for name, part in resizings.items()}},
+                    expected="not preserving", seed=config.run.seed)
+        return transform(directory, rule, [reader], config, resized.tensors(), training=resized.training(),
+                         convert_model=convert_model).checkpoint
 
 
 def most_used(choices_E: np.ndarray, number: int) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ def test_every_file_of_a_run_is_documented(run_dir: Path) -> None:
         assert any(pattern(place).match(name) if place.endswith("/") else pattern(place).fullmatch(name)
                    for place in documented), name
     other_runs = {"log/rank-N.log", "data/", "huggingface/", "wandb/", "wandb/id", "report/timeline.csv",
-                  "log/routing/step-NNNNNNNN.<fingerprint>.npz"}
+                  "log/routing/step-NNNNNNNN.<fingerprint>.npz", "transform.json"}
     keys = {"log.wandb=off", "data.cache", "log.router_dump=true", "log.timeline", "log.timeline_start"}
     for place in set(documented) - other_runs - keys:
         assert any(pattern(place).match(name) for name in found), place

@@ -131,7 +131,7 @@ def test_the_command_keeps_the_most_used_of_a_domain(capsys: pytest.CaptureFixtu
     used = read_specialization(Path("runs/mine/specialisation.npz"))
     row = used.domains.index("notes")
     with open_weights("notes") as found:
-        resized = found.manifest.facts["resized"]
+        resized = found.manifest.facts["transform"]["experts"]
         assert found.config.model.num_experts == 4 and found.config.run.name == "notes"
     for bank in BANKS:
         assert resized[bank] == {"keep": list(most_used(used.choices[bank][row], 3)), "add": 1}
@@ -163,7 +163,7 @@ def test_what_depends_on_the_number_of_experts_is_declared(option: str, override
 @pytest.mark.parametrize("words, code", [
     (["keep=3"], 280), (["to=refused", "keep=x"], 280), (["to=refused", "keep=1,2"], 280),
     (["to=refused", "add=[1]"], 280), (["to=refused", "keep=9"], 276),
-    (["to=refused", "keep=3", "domain=note"], 281), (["to=mine", "add=1"], 226),
+    (["to=refused", "keep=3", "domain=note"], 281), (["to=mine", "add=1"], 322),
 ])
 def test_words_that_cannot_be_are_named(words: list[str], code: int,
                                         capsys: pytest.CaptureFixture[str]) -> None:

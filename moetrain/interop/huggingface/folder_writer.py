@@ -13,23 +13,20 @@ to its place in the file at once; no more than one is in memory. Nothing is over
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import disk
 from moetrain.checkpoint.payload import header
 from moetrain.checkpoint.records import ITEM_BYTES, ByteRange
-from moetrain.errors import ConfigError, DiskError
-from moetrain.files import reason, remedy
 from moetrain.interop.huggingface.folder import INDEX, SINGLE
 from moetrain.parallel.state_shards import DTYPES
+from moetrain.transform.destination import disk_errors, new_directory, refuse_existing
 
 SHARD_BYTES = 5 * 10**9
 # Dtype, as safetensors spells it, and shape.
@@ -57,35 +54,22 @@ class FolderWriter:
     """
 
     def __init__(self, out: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.out, self.shard_bytes, self.total_bytes = Path(out).absolute(), shard_bytes, 0
-        if os.path.lexists(self.out):
-            raise ConfigError(
-                322, "the folder is there already", where=f"out={out}",
-                why="nothing is overwritten", next=f"another folder; or rm -r {out}")
-        self.folder = self.out.with_name(f".{self.out.name}.{secrets.token_hex(4)}.tmp")
+        self.out, self.shard_bytes, self.total_bytes = Path(out), shard_bytes, 0
+        refuse_existing(self.out)
         self._places: dict[str, _Place] = {}
         self._left: set[str] = set()
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> "FolderWriter":
-        self._tried(disk.make_directory, self.folder)
+        with ExitStack() as stack:
+            self.folder = stack.enter_context(new_directory(self.out))
+            stack.callback(self._close)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            self._remove()
-            return
-        try:
-            assert not self._open, "end_shards comes before the end of the block"
-            self._tried(disk.sync_directory, self.folder)
-            if os.path.lexists(self.out):
-                raise ConfigError(322, "the folder has come into being meanwhile", where=str(self.out),
-                                  why="nothing is overwritten", next="another folder")
-            self._tried(disk.rename, self.folder, self.out)
-            self._tried(disk.sync_directory, self.out.parent)
-        except BaseException:
-            self._remove()
-            raise
+    def __exit__(self, *exception: Any) -> None:
+        assert exception[0] is not None or not self._open, "end_shards comes before the end of the block"
+        self._stack.__exit__(*exception)
 
     def begin_shards(self, tensors: Mapping[str, Kind]) -> None:
         """Plan all shards, and write their headers and the index.
@@ -157,18 +141,13 @@ class FolderWriter:
 
     def _tried(self, action, *arguments):
         """Do something to the disk; an OSError becomes a DiskError that names the folder."""
-        try:
+        with disk_errors(self.out):
             return action(*arguments)
-        except OSError as error:
-            raise DiskError(50, "the folder cannot be written", where=str(self.out), why=reason(error),
-                            next=f"{remedy(error)}, or another folder") from error
 
-    def _remove(self) -> None:
+    def _close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open = {}
-        with suppress(OSError):
-            disk.remove_tree(self.folder)
 
 
 def _size(kind: Kind) -> int:

@@ -53,7 +53,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
     written(tmp_path / "out")
     before = (tmp_path / "out" / SINGLE).read_bytes()
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="of that name already"):
         written(tmp_path / "out")
     assert (tmp_path / "out" / SINGLE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
