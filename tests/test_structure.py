@@ -235,6 +235,7 @@ COVERS = {
     "model/test_residual": "model/architecture",
     "model/test_rotary": "config/rope_scaling",
     "moe/test_dispatch": "moe/{dispatch_records,experts} ops/host_read",
+    "moe/test_clamped_swiglu": "ops/clamped_swiglu",
     "moe/test_expert_form": "moe/normalized_expert",
     "moe/test_layer": "moe/wrappers",
     "plan/cost/test_link_traffic": "plan/cost/machine",

@@ -7,12 +7,11 @@ tests/docs/test_reference.py compares the committed page with `page()`, so the p
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moetrain.cli.help import comment, keys_of
 from moetrain.config import readers
 from moetrain.config.compose import _FREE_ON_RESUME
-from moetrain.config.groups import config_dir, default_options, group_options, section_of
+from moetrain.config.groups import config_dir, default_options, group_options, is_global, section_of
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.trained_keys import CHANGING, FIXED
 from moetrain.config.values import Key, leaves, schema_keys, schema_sections, show, type_name
@@ -43,7 +42,8 @@ Resolvers such as `${oc.env:NAME}` are refused |
 Values are laid down in this order, the last one counts: defaults of the schema, `conf/config.yaml`, the
 options of the groups, experiments, options that were typed, values that were typed. So what is typed wins
 over `experiment=`, wherever it stands: a typed option brings its section whole, and what an experiment says
-of that section is left out.
+of that section is left out. A public model, such as `model=deepseek_v3`, brings its router and its experts as
+well, and a router that is typed replaces its.
 
 An unknown key is an error that names the nearest keys. So is a key that is typed and that the chosen options
 do not read: the column *read with* says what it needs. What an experiment or the file of an option sets may
@@ -75,7 +75,7 @@ def _groups() -> Iterator[str]:
         yield _table(("option", "what it is", "sets"), (
             (f"`{group}={f'[{option}]' if group == 'loss' else option}`",
              _cell(comment(config_dir() / group / f"{option}.yaml")),
-             _sets(group, load(config_dir() / group / f"{option}.yaml"))) for option in options))
+             _sets(group, config_dir() / group / f"{option}.yaml")) for option in options))
 
 
 def _sections() -> Iterator[str]:
@@ -112,11 +112,12 @@ the checkpoint holds what came of them, or training alone reads them.
 """
 
 
-def _sets(group: str, tree: dict[str, Any]) -> str:
+def _sets(group: str, file: Path) -> str:
     """Cell of what an option changes: other options, and values that are not the schema's defaults."""
+    tree = load(file)
     chosen = [f"{name.removeprefix('override /')}={option}" for entry in tree.pop("defaults", [])
               for name, option in entry.items()]
-    section = "" if group == "experiment" else section_of(group)
+    section = "" if is_global(file) else section_of(group)
     keys = schema_keys()
     values = [f"{path}={show(value)}" for path, value in leaves(tree, section)
               if path not in keys or keys[path].default != value]

@@ -52,13 +52,13 @@ def dense_beside(sizes: ModelConfig, layer: int) -> int:
 
 
 def attention_parameters(sizes: ModelConfig) -> Shapes:
-    """Shapes of the attention's parameters in a block that are no experts', by the name below it."""
+    """Shapes of the attention's parameters in a block, by the name below it, without router and experts."""
     head = sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     if sizes.attention == "experts":
-        return {"kv.weight": (2 * keys, sizes.dim), "router.weight": (sizes.num_attention_experts, sizes.dim)}
+        return {"kv.weight": (2 * keys, sizes.dim)}
     if sizes.attention == "sliced":
-        return {"router.weight": (sizes.num_heads, sizes.dim)}
+        return {}
     shapes: Shapes = {"qkv.weight": (queries + 2 * keys, sizes.dim), "out.weight": (sizes.dim, queries)}
     return shapes | ({"q_norm.weight": (head,), "k_norm.weight": (head,)} if sizes.qk_norm else {})
 

@@ -10,6 +10,7 @@
 Precedence, the last one wins: defaults of the schema, conf/config.yaml, options of the groups, experiments,
 options on the command line, values on the command line. An option on the command line replaces its whole
 section, so `logging=wandb` beside an experiment turns off everything that the experiment sets for logging.
+The file of a public model brings a router and experts, too; `router=topk` beside it replaces that router.
 The order on the command line does not matter, except that of two values of one key the later one wins.
 
 config/overrides.py reads the command line with Hydra's parser and checks choices against the files of conf/.
@@ -19,7 +20,7 @@ or the constructor of its part, and runs the rules between keys (config/checks.p
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,17 @@ from typing import Any
 
 from moetrain import __version__
 from moetrain.config import tree
-from moetrain.config.groups import broken_files, config_dir, group_of, option_file, section_of, wrong_in
+from moetrain.config.groups import (
+    broken_files,
+    config_dir,
+    default_options,
+    group_of,
+    is_global,
+    option_file,
+    section_of,
+    written_by,
+    wrong_in,
+)
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.config.recorded_paths import with_absolute_paths
@@ -176,7 +187,8 @@ def _on_recorded(base: tree.Tree, trained: Config, directory: Path, values: tree
     """
     below_runs = directory == Path("runs") / directory.name
     base["run"] |= {"name": directory.name, "dir": None} if below_runs else {"dir": str(directory)}
-    changed = {section_of(group) for group in command.choices} - {"experiment"}
+    changed = {section for group, option in command.choices.items() if group != "experiment"
+               for name in _names(option) for section in written_by(group, name)}
     base |= {section: values.get(section) for section in changed}
     files = [*(entry for entry in files if entry[0] in changed), ("", directory / "config.yaml")]
     typed = {path: given for path, given in command.values.items() if path not in RUN_KEYS}
@@ -261,9 +273,9 @@ def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
 def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
     """Compose conf/ with these choices: the tree, and its files, the strongest first (see tree.finish).
 
-    Hydra lays the values of an experiment over those of every option. An option on the command line replaces
-    its whole section, so where the experiment has changed that section, it is composed once more without the
-    experiment.
+    Hydra lays the values of an experiment over those of every option, and those of a model over those of a
+    router. An option on the command line replaces its whole section, so where another file has changed that
+    section, it is composed once more without that file.
     """
     folder = config_dir()
     losses = [option_file("loss", name) for name in _names(choices.get("loss"))]
@@ -271,18 +283,28 @@ def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str
         raise ConfigErrors(broken)  # Hydra would accept a loss of any name
     values, chosen = _hydra_compose(folder, choices)
     typed = [group for group in choices if group != "experiment"]
-    if chosen.get("experiment") and any(_differs(values, group, choices[group]) for group in typed):
-        alone, _ = _hydra_compose(folder, {**choices, "experiment": []})
-        values |= {section_of(group): alone.get(section_of(group)) for group in typed}
+    without = {**choices, "experiment": []}
+    if chosen.get("experiment") and "model" in choices:
+        values |= _sections(_hydra_compose(folder, without)[0], written_by("model", choices["model"]))
+    others = {section_of(group): group for group in typed if group != "model"}
+    if any(_differs(values, group, choices[group]) for group in others.values()):
+        plain = {**without, "model": default_options()["model"]}
+        values |= _sections(_hydra_compose(folder, plain)[0], others)
     ranked: list[tuple[int, str, Path]] = []
     for group, option in chosen.items():  # Hydra lists the last applied first
         if option and (folder / group).is_dir():
-            rank = 0 if group in typed else 1 if group == "experiment" else 2
-            section = "" if group == "experiment" else section_of(group)
-            ranked += [(rank, section, option_file(group, name)) for name in _names(option)]
+            rank = 2 if group == "experiment" else 3 if group not in typed else 1 if group == "model" else 0
+            for name in _names(option):
+                file = option_file(group, name)
+                ranked.append((rank, "" if is_global(file) else section_of(group), file))
     ranked.sort(key=lambda entry: entry[0])
     files = [(section, file) for _, section, file in ranked]
     return {**values, "loss": values.get("loss") or {}}, [*files, ("", folder / "config.yaml")]
+
+
+def _sections(values: tree.Tree, names: Iterable[str]) -> tree.Tree:
+    """Take sections out of a tree."""
+    return {name: values.get(name) for name in names}
 
 
 def _names(option: str | list[str] | None) -> list[str]:
@@ -294,7 +316,7 @@ def _differs(values: tree.Tree, group: str, option: str | list[str]) -> bool:
     """Check whether a section differs from the files of its options."""
     written: tree.Tree = {}
     for name in _names(option):
-        written |= load(option_file(group, name))
+        written |= written_by(group, name)[section_of(group)]
     return (values.get(section_of(group)) or {}) != written
 
 

@@ -21,6 +21,7 @@ from moetrain.config.architecture import (
 )
 from moetrain.config.expert_sizes import expert_shapes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
+from moetrain.config.router_sizes import RouterSizes, attention_router, layer_router, shared_by_routers
 from moetrain.config.schema import Config
 
 # Layers that are looked at one by one. A deeper model than anybody trains is taken to be frozen.
@@ -54,13 +55,16 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
         yield Named("rest", "head_bias", vocab_size)
     for tensor in norm_tensors(sizes):
         yield Named("rest", f"norm.{tensor}", width)
+    for name, shape in shared_by_routers(config.router, sizes).items():
+        yield Named("rest", f"tied.{name}", prod(shape))
     for layer in range(sizes.num_layers):
         path = f"layers.{layer}"
         for norm, tensor in product(("attention_norm", "ffn_norm"), norm_tensors(sizes)):
             yield Named("rest", f"{path}.{norm}.{tensor}", width)
         for name, shape in attention_parameters(sizes).items():
-            matrix = len(shape) > 1 and name != "router.weight"
-            yield Named("matrices" if matrix else "rest", f"{path}.attention.{name}", prod(shape))
+            yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.attention.{name}", prod(shape))
+        if sizes.attention in ("experts", "sliced"):
+            yield from _router(f"{path}.attention.router", attention_router(config.router, sizes))
         for name, shape in attention_experts(sizes).items():
             yield Named("experts", f"{path}.attention.experts.0.{name}",
                         num_attention_experts(sizes) * prod(shape))
@@ -69,12 +73,17 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
             continue
         experts = per_layer(sizes.num_experts, layer)
         for router in router_paths(sizes):
-            yield Named("rest", f"{path}.moe.{router}.weight", experts * width)
+            yield from _router(f"{path}.moe.{router}", layer_router(config.router, sizes, layer))
         for name, shape in beside_experts(sizes, layer).items():
             yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.moe.{name}", prod(shape))
         shapes = expert_shapes(config.expert, expert_width(sizes), per_layer(sizes.expert_dim, layer))
         for name, numbers in shapes.items():
             yield Named("experts", f"{path}.moe.experts.0.{name}", experts * numbers)
+
+
+def _router(path: str, router: RouterSizes) -> Iterator[Named]:
+    for name, shape in router.shapes.items():
+        yield Named("rest", f"{path}.{name}", prod(shape))
 
 
 def _feed_forward(path: str, width: int, hidden: int) -> Iterator[Named]:

@@ -87,6 +87,27 @@ def section_of(group: str) -> str:
     return next((section for section, name in _GROUP_OF.items() if name == group), group)
 
 
+def written_by(group: str, option: str) -> dict[str, dict[str, Any]]:
+    """Read the values that the file of an option sets, by section.
+
+    The file of a public model (`@package _global_`) also sets keys of its router and its experts; those
+    sections are in the result, if only by the options that it chooses for them.
+    """
+    file = option_file(group, option)
+    values = load(file)
+    chosen = [name.removeprefix("override /") for entry in values.pop("defaults", [])
+              for name in (entry if isinstance(entry, dict) else ())]
+    if not is_global(file):
+        return {section_of(group): values}
+    return {**{section_of(name): {} for name in chosen}, **values}
+
+
+def is_global(file: Path) -> bool:
+    """Whether the file of an option names the sections whose keys it sets."""
+    with file.open(encoding="utf-8") as lines:
+        return next(lines, "").strip() == "# @package _global_"
+
+
 def advice(group: str) -> str:
     """Say what to type to choose an option."""
     options = group_options().get(group, [])

@@ -26,7 +26,7 @@ _LEFT_TO_USER = {"data.tokenizer": "a tokenizer.json", "data.path": "your own te
 
 def advice(config: Config) -> str | None:
     """Name on one line the recipe, and the settings that suit only a small model; None without any."""
-    size = count_parameters(config.model, vocabulary_of(config)).total
+    size = count_parameters(config.model, vocabulary_of(config), config.expert, config.router).total
     if size < LARGE or not (small := dict(_small(config))):
         return None
     recipe = _nearest(size)

@@ -15,6 +15,7 @@ from moetrain.config.parallel_schema import EngineConfig, HardwareConfig, Parall
 
 # Experts of runs whose config says nothing of them.
 SWIGLU = {"_target_": "moetrain.moe.expert_form.SwigluExpert"}
+TOPK = {"_target_": "moetrain.routers.topk.TopKRouter"}
 CROSS_ENTROPY = {"_target_": "moetrain.losses.language.CrossEntropy"}
 
 

@@ -35,7 +35,8 @@ from moetrain.config.denoisers import special_ids
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
-from moetrain.config.schema import SWIGLU, Config, ModelConfig
+from moetrain.config.router_sizes import RouterSizes, attention_router, layer_router, shared_by_routers
+from moetrain.config.schema import SWIGLU, TOPK, Config, ModelConfig
 
 # Bytes of a number in the computation; auto may be bfloat16.
 _ITEM = {"auto": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -99,24 +100,30 @@ def ids_of(config: Config) -> int:
     return ids + special_ids(rates, config.train.seq_len) if ids and rates else ids
 
 
-def count_parameters(sizes: ModelConfig, vocab_size: int,
-                     expert: Mapping[str, Any] = SWIGLU) -> Parameters:
+def count_parameters(sizes: ModelConfig, vocab_size: int, expert: Mapping[str, Any] = SWIGLU,
+                     router: Mapping[str, Any] = TOPK) -> Parameters:
     """Count the parameters of a model.
 
     Args:
         sizes: section `model` of the config.
         vocab_size: V, ids of the vocabulary.
         expert: section `expert` of the config.
+        router: section `router` of the config.
     """
     width = sizes.dim
     attention = {name: prod(shape) for name, shape in attention_parameters(sizes).items()}
-    in_rest = sum(numbers for name, numbers in attention.items() if "norm" in name or "router" in name)
+    in_rest = sum(numbers for name, numbers in attention.items() if "norm" in name)
     matrices = sizes.num_layers * (sum(attention.values()) - in_rest)
     norm = width * len(norm_tensors(sizes))
     rest = sizes.num_layers * (2 * norm + in_rest) + norm
     rest += vocab_size * (width * (1 if sizes.tie_embeddings else 2) + sizes.head_bias)
+    rest += sum(map(prod, shared_by_routers(router, sizes).values()))
     of_attention = sum(map(prod, attention_experts(sizes).values())) * sizes.num_layers
-    experts, active = of_attention * num_attention_experts(sizes), of_attention * attention_top_k(sizes)
+    experts, active = of_attention * num_attention_experts(sizes), 0.0
+    if of_attention:
+        chooses = attention_router(router, sizes)
+        rest += sizes.num_layers * chooses.numbers
+        active = of_attention * chooses.mean_experts
     for kind in layer_kinds(sizes):
         if kind.dense_dim is not None:
             matrices += kind.layers * 3 * width * kind.dense_dim
@@ -125,10 +132,11 @@ def count_parameters(sizes: ModelConfig, vocab_size: int,
             beside = beside_experts(sizes, kind.layer).values()
             matrices += kind.layers * sum(prod(shape) for shape in beside if len(shape) > 1)
             rest += kind.layers * sum(prod(shape) for shape in beside if len(shape) == 1)
-            rest += kind.layers * kind.num_experts * width * len(router_paths(sizes))
+            chooses = layer_router(router, sizes, kind.layer)
+            rest += kind.layers * chooses.numbers * len(router_paths(sizes))
             experts += kind.layers * kind.num_experts * one
-            active += kind.layers * min(kind.top_k * rounds(sizes), kind.num_experts) * one
-    return Parameters(matrices, experts, rest, active)
+            active += kind.layers * min(chooses.mean_experts * rounds(sizes), kind.num_experts) * one
+    return Parameters(matrices, experts, rest, round(active))
 
 
 def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
@@ -158,7 +166,7 @@ def shards(config: Config, ranks: int) -> Shards:
 def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     """Estimate the memory of one rank in training."""
     train, cut, item = config.train, shards(config, ranks), _ITEM[config.run.dtype]
-    parameters = count_parameters(config.model, vocab_size, config.expert)
+    parameters = count_parameters(config.model, vocab_size, config.expert, config.router)
     trained = count_trained(config, parameters, vocab_size)
     state = max(4, item) * (sum(_on_rank(parameters, cut)) + (3 if config.optim.name == "adamw" else 2)
                             * _on_rank(trained, cut)[0] + 3 * _on_rank(trained, cut)[1])
@@ -209,18 +217,19 @@ def kept_per_token(config: Config, exchanged: bool) -> int:
     sizes, item, mode = config.model, _ITEM[config.run.dtype], config.train.activation_checkpointing
     kinds, seq_len = layer_kinds(sizes), config.train.seq_len
     inside = {kind: expert_sizes(config.expert, expert_width(sizes), kind.expert_dim).kept for kind in kinds}
-    whole = {kind: _kept_by_block(sizes, kind, inside[kind], "none", item, exchanged, seq_len)
+    routers = {kind: layer_router(config.router, sizes, kind.layer) for kind in kinds}
+    whole = {kind: _kept_by_block(sizes, kind, routers[kind], inside[kind], "none", item, exchanged, seq_len)
              for kind in kinds}
     ends = 2 * item * sizes.dim  # before and after the last norm
     if mode == "none":
         return ends + sum(kind.layers * kept for kind, kept in whole.items())
-    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, inside[kind], mode, item, exchanged, seq_len)
-                      for kind in kinds)
+    kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, routers[kind], inside[kind], mode, item,
+                                                   exchanged, seq_len) for kind in kinds)
     return kept + max(whole.values(), default=0)  # and one block that is recomputed
 
 
-def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, item: int,
-                   exchanged: bool, seq_len: int) -> int:
+def _kept_by_block(sizes: ModelConfig, kind: LayerKind, router: RouterSizes, of_row: int, mode: str,
+                   item: int, exchanged: bool, seq_len: int) -> int:
     """Count the bytes that backward keeps of one token in one block, and `of_row` numbers in each expert.
 
     Fitted to measurements on the CPU, in bfloat16 exact to a few per cent (tests/config/test_sizes.py).
@@ -228,9 +237,12 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, of_row: int, mode: str, 
     width, head = sizes.dim, sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     passes = rounds(sizes) if kind.dense_dim is None else 1
-    slots, decided = passes * kind.top_k, 36 * passes * kind.top_k   # expert ids, weights and row orders
-    rows, inside = slots * expert_width(sizes), slots * of_row
-    choices = passes * 12 * kind.num_experts
+    decided = 36 * passes * router.slots                             # expert ids, weights and row orders
+    visited = passes * router.mean_experts
+    rows, inside = round(visited * expert_width(sizes)), round(visited * of_row)
+    # float32: two for each output of the router's matrices, or at least for each expert, and the choice.
+    outputs = max(kind.num_experts, sum(rows for rows, _ in router.matrices))
+    choices = passes * 4 * (2 * outputs + kind.num_experts)
     feed_forward = passes * dense_beside(sizes, kind.layer)
     if sizes.block == "latent":
         inside += 2 * expert_width(sizes)                        # what the experts are given and return

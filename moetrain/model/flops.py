@@ -2,8 +2,8 @@
 
 The formula counts multiplications and additions of the matrix products of one token:
 
-    forward     2 for each weight that the token is multiplied with: K experts, matrices beside them, router,
-                attention, head; of a chain of experts in every round
+    forward     2 for each weight that the token is multiplied with: the experts that it takes in the mean,
+                matrices beside them, router, attention, head; of a chain of experts in every round
                 4 H h (S + 1) / 2 for each layer, scores and values of causal attention, in which a token
                 attends to half of the sequence on average
     backward    twice forward
@@ -26,12 +26,12 @@ from moetrain.config.architecture import (
     attention_top_k,
     beside_experts,
     expert_width,
-    num_attention_experts,
     rounds,
 )
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
-from moetrain.config.schema import SWIGLU, Config, ModelConfig
+from moetrain.config.router_sizes import attention_router, layer_router
+from moetrain.config.schema import SWIGLU, TOPK, Config, ModelConfig
 from moetrain.model.build import compute_dtype, head_width
 
 # Operations per second in dense bfloat16, from the data sheets. The first name that occurs in a chip's name
@@ -43,8 +43,8 @@ BF16_PEAKS = {
 }
 
 
-def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int,
-                   expert: Mapping[str, Any] = SWIGLU) -> float:
+def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int, expert: Mapping[str, Any] = SWIGLU,
+                   router: Mapping[str, Any] = TOPK) -> float:
     """Operations of one token, forward and backward.
 
     Args:
@@ -52,9 +52,10 @@ def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int,
         vocab_size: V, ids of the vocabulary.
         seq_len: S.
         expert: section `expert` of the config.
+        router: section `router` of the config.
     """
     forward = 2 * sizes.dim * vocab_size + sum(
-        _layer(sizes, layer, seq_len, expert) for layer in range(sizes.num_layers))
+        _layer(sizes, layer, seq_len, expert, router) for layer in range(sizes.num_layers))
     return 3.0 * forward
 
 
@@ -78,7 +79,7 @@ def peak_tokens_per_s(config: Config, vocab_size: int, mesh: Mesh) -> float | No
     """
     peak = None if config.run.share_gpu else peak_flops(mesh.device, compute_dtype(config, mesh.device))
     return peak and peak * mesh.size / training_flops(
-        config.model, vocab_size, config.train.seq_len, config.expert)
+        config.model, vocab_size, config.train.seq_len, config.expert, config.router)
 
 
 def named_peak(chip: str) -> float | None:
@@ -88,17 +89,19 @@ def named_peak(chip: str) -> float | None:
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", chip)), None)
 
 
-def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, Any]) -> float:
+def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, Any],
+           router: Mapping[str, Any]) -> float:
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
     if sizes.attention == "sliced":                      # scores of all heads are computed, then masked
         attention = 8 * sizes.dim * h * attention_top_k(sizes) + 2 * heads * h * (seq_len + 1)
-    if sizes.attention != "plain":                       # and a router
-        attention += 2 * sizes.dim * num_attention_experts(sizes)
+    if sizes.attention in ("experts", "sliced"):         # and a router
+        attention += 2 * sum(map(prod, attention_router(router, sizes).matrices))
     if not is_sparse(sizes, layer):
         return attention + 6 * sizes.dim * dense_width(sizes, layer)
     one = expert_sizes(expert, expert_width(sizes), per_layer(sizes.expert_dim, layer)).in_matrices
     beside = sum(prod(shape) for shape in beside_experts(sizes, layer).values() if len(shape) > 1)
-    router = sizes.dim * per_layer(sizes.num_experts, layer)
-    return attention + 2 * rounds(sizes) * (router + beside + one * per_layer(sizes.top_k, layer))
+    chooses = layer_router(router, sizes, layer)
+    return attention + 2 * rounds(sizes) * (
+        sum(map(prod, chooses.matrices)) + beside + one * chooses.mean_experts)

@@ -13,9 +13,11 @@ start at 0.
 Shapes: R rows ordered by expert, D model width, F expert width, G = 2F.
 """
 
+import torch
 from torch import Tensor
 
 from moetrain.moe.expert_form import ExpertForm, StackedParameters, weighted
+from moetrain.ops.clamped_swiglu import clamped_swiglu
 
 
 class ClampedSwiglu(ExpertForm):
@@ -29,7 +31,7 @@ class ClampedSwiglu(ExpertForm):
     """
 
     SHAPES = {"gate_up": ("2F", "D"), "gate_up_bias": ("2F",), "down": ("D", "F"), "down_bias": ("D",)}
-    KEPT = ("9F", "D")
+    KEPT = ("3F", "2D")
     BOUNDS = {"limit": "above 0", "slope": "above 0"}
 
     def __init__(self, *, dim: int, expert_dim: int, limit: float = 7.0, slope: float = 1.702) -> None:
@@ -40,12 +42,12 @@ class ClampedSwiglu(ExpertForm):
         return {"gate_up": [self.expert_dim] * 2}
 
     def rows(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
-        hidden_RF = self.hidden(x_RD, weights_R, experts)
-        out_RD = experts.linear("down", weighted(hidden_RF, weights_R))
+        out_RD = experts.linear("down", self._activated(x_RD, weights_R, experts))
         return out_RD + weighted(experts.vectors("down_bias", out_RD), weights_R)
 
     def hidden(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
+        return self._activated(x_RD, torch.ones_like(weights_R), experts)
+
+    def _activated(self, x_RD: Tensor, weights_R: Tensor, experts: StackedParameters) -> Tensor:
         gate_up_RG = experts.linear("gate_up", x_RD) + experts.vectors("gate_up_bias", x_RD)
-        gate_RF, up_RF = gate_up_RG.chunk(2, dim=-1)
-        gate_RF, up_RF = gate_RF.clamp(max=self.limit), up_RF.clamp(-self.limit, self.limit)
-        return gate_RF * (self.slope * gate_RF).sigmoid() * (up_RF + 1)
+        return clamped_swiglu(gate_up_RG, weights_R, self.limit, self.slope)

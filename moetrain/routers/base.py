@@ -143,17 +143,17 @@ class Router(nn.Module):
     num_domains: int | None = None           # that the data must have; None: any
     # Tensors of RouterContext that it reads, beside `valid_T`; those that key its random numbers, too.
     depends_on: frozenset[str] = frozenset()
-    # Names of the parameters and buffers that have one row for each choice.
-    choice_tensors: frozenset[str] = frozenset()
+    choice_tensors: frozenset[str] = frozenset()    # parameters and buffers with one row for each choice
     holds_ids = False                        # whether a table or an argument of it names experts by their ids
-    # Further sums over tokens, by name: those of all routers of a model, alike.
-    token_sums: Mapping[str, TokenSum] = {}
-    # Names of those that a loss asks for in NEEDS_SUMS. Read from source (config/rules/losses.py).
-    BRINGS_SUMS: list[str] = []
-    # Whether the gradient of its gate weights in training is an estimate, and not their derivative.
-    estimates_gradient = False
-    # Whether most of the K slots of a token stay unused, as with K = E (`Routing.max_rows`).
-    uses_few_slots = False
+    # Literals for counts without torch (config/router_sizes.py), of D, E, K and arguments: shapes of the
+    # parameters and of those in `tied`, by name, where 0 is none; experts of a token in the mean; its slots.
+    SHAPES: Mapping[str, tuple[str | int, ...]] = {}
+    SHARED_SHAPES: Mapping[str, tuple[str | int, ...]] = {}
+    MEAN_EXPERTS = SLOTS = "K"
+    token_sums: Mapping[str, TokenSum] = {}  # further sums over tokens, alike in all routers of a model
+    BRINGS_SUMS: list[str] = []              # names that losses ask for (NEEDS_SUMS), a literal
+    estimates_gradient = False               # whether that of its gate weights in training is no derivative
+    uses_few_slots = False                   # whether most of K slots stay unused, as with K = E (`max_rows`)
     # Arguments of the constructor, and their values, with which a token's gate weights sum to a constant, and
     # so have no gradient with one expert a token; {} for always. Read from source (config/rules/model.py).
     # Whatever it says, a router is tried out (model/constant_gates.py). False: constant weights are meant.
@@ -375,6 +375,7 @@ class LinearRouter(Router):
         num_choices: C, E or more; None is E.
     """
 
+    SHAPES = {"weight": ("E", "D")}
     choice_tensors = frozenset({"weight"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, num_choices: int | None = None) -> None:

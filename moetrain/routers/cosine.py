@@ -42,6 +42,8 @@ class CosineRouter(TopKRouter):
     BOUNDS = {"proj_dim": "1 or more", "init_temperature": "above 0", "max_scale": "above 0"}
     START_ARGUMENTS = ("init_temperature",)
     CONSTANT_WEIGHTS = {"weights": ["renorm", "softmax_of_topk"]}
+    SHAPES = {"weight": ("E", "proj_dim or max(1, E // 2)"),
+              "projection": ("proj_dim or max(1, E // 2)", "D"), "log_scale": (1,)}
     depends_on = frozenset()
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, proj_dim: int | None = None,

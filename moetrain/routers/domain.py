@@ -41,6 +41,7 @@ class DomainRouter(TopKRouter):
     """
 
     BOUNDS = {"scale": "above 0"}
+    SHAPES = {"weight": ("E", "D")}
     depends_on = frozenset({"domains_T"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, experts: list[list[int]] | None = None,

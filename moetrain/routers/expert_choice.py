@@ -46,6 +46,8 @@ class ExpertChoiceRouter(LinearRouter):
 
     BOUNDS = {"capacity": "above 0"}
     causal = False
+    MEAN_EXPERTS = "capacity or K"
+    SLOTS = "E"
     uses_few_slots = True                    # K = E slots, of which c are used on average
     depends_on = frozenset({"positions_T"})
 

@@ -55,6 +55,7 @@ class FixedRandomRouter(LinearRouter):
     """
 
     BOUNDS = {"k_min": "1 or more", "growth_steps": "1 or more", "scale": "above 0"}
+    SHAPES = {"weight": ("E", "D"), "bias": ("E",)}
     choice_tensors = frozenset({"weight", "bias"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, total_steps: int, k_min: int = 1,

@@ -46,6 +46,7 @@ class HierarchicalRouter(LinearRouter):
 
     BOUNDS = {"num_groups": "1 or more", "topk_groups": "1 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
+    SHAPES = {"weight": ("E", "D"), "group_weight": ("num_groups", "D")}
     depends_on = frozenset({"sample_ids_T", "positions_T"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, num_groups: int = 2, topk_groups: int = 1,

@@ -49,6 +49,9 @@ class MLPRouter(LinearRouter):
 
     BOUNDS = {"hidden": "1 or more", "dropout": "in [0, 1)", "sample_topk": "0 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
+    SHAPES = {"weight": ("E", "D if kind == 'linear' else hidden"),
+              "project": ("0 if kind == 'linear' else hidden", "D"),
+              "bias": ("hidden if kind == 'mlp' else 0",), "temperature": ("1 if kind == 'gmm' else 0",)}
     depends_on = frozenset({"sample_ids_T", "positions_T"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, hidden: int = 256, dropout: float = 0.0,

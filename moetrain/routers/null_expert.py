@@ -58,6 +58,11 @@ class NullExpertRouter(LinearRouter):
 
     BOUNDS = {"num_null": "0 or more", "num_copy": "0 or more", "num_constant": "0 or more"}
     CONSTANT_WEIGHTS = {"renorm": ["real"]}
+    SHAPES = {"weight": ("E + num_null + num_copy + num_constant", "D"), "constants": ("num_constant", "D"),
+              "mixing": ("2 * num_constant", "D"),
+              "logit_map": ("E + num_null + num_copy + num_constant if map_logits else 0",
+                            "E + num_null + num_copy + num_constant")}
+    MEAN_EXPERTS = "K * E / (E + num_null + num_copy + num_constant)"    # at equal probabilities
     uses_few_slots = True
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, num_null: int = 8, num_copy: int = 0,

@@ -85,6 +85,20 @@ class RecurrentRouter(TopKRouter):
 
     BOUNDS = {"state_dim": "1 or more"}
     CONSTANT_WEIGHTS = {"weights": ["renorm"]}
+    SHAPES = {"weight": ("E", "state_dim"), "project": ("state_dim", "D"),
+              "cell.weight_ih": ("0 if shared_cell else (3 if cell == 'gru' else cell == 'rnn') * state_dim",
+                                 "state_dim"),
+              "cell.weight_hh": ("0 if shared_cell else (3 if cell == 'gru' else cell == 'rnn') * state_dim",
+                                 "state_dim"),
+              "cell.bias_ih": ("0 if shared_cell else (3 if cell == 'gru' else cell == 'rnn') * state_dim",),
+              "cell.bias_hh": ("0 if shared_cell else (3 if cell == 'gru' else cell == 'rnn') * state_dim",)}
+    SHARED_SHAPES = {
+        "recurrent.weight_ih": ("shared_cell * (3 if cell == 'gru' else cell == 'rnn') * state_dim",
+                                "state_dim"),
+        "recurrent.weight_hh": ("shared_cell * (3 if cell == 'gru' else cell == 'rnn') * state_dim",
+                                "state_dim"),
+        "recurrent.bias_ih": ("shared_cell * (3 if cell == 'gru' else cell == 'rnn') * state_dim",),
+        "recurrent.bias_hh": ("shared_cell * (3 if cell == 'gru' else cell == 'rnn') * state_dim",)}
     depends_on = frozenset({"carry", "tied"})
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, state_dim: int = 128,

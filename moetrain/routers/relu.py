@@ -51,6 +51,8 @@ class ReluRouter(LinearRouter):
     BOUNDS = {"target_k": "above 0", "lambda0": "above 0", "alpha": "1 or more"}
     START_ARGUMENTS = ("lambda0",)
     BRINGS_SUMS = ["l1_sum_E"]
+    MEAN_EXPERTS = "target_k or K"
+    SLOTS = "E"
     uses_few_slots = True
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, target_k: float | None = None,

@@ -39,6 +39,8 @@ class TopPRouter(LinearRouter):
     """
 
     BOUNDS = {"p": "in (0, 1]", "k_min": "1 or more", "k_max": "1 or more"}
+    MEAN_EXPERTS = "min(k_max or E, max(k_min, p * E))"      # at equal probabilities, before training
+    SLOTS = "k_max or E"
     uses_few_slots = True
 
     def __init__(self, *, dim: int, num_experts: int, p: float = 0.4, k_min: int = 1,

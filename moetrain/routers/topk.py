@@ -71,6 +71,8 @@ class TopKRouter(BiasedRouter):
 
     BOUNDS = {"scale": "above 0", "jitter_eps": "in [0, 1)"}
     CONSTANT_WEIGHTS = {"weights": ["renorm", "softmax_of_topk"]}
+    SHAPES = {"weight": ("E", "D"), "noise_weight": ("E", "D if noise == 'normal' else 0"),
+              "logit_bias": ("E if logit_bias else 0",)}
     depends_on = KEYED_BY
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int,

@@ -16,11 +16,10 @@ from moetrain.config.compose import (
     run_dir,
     to_yaml,
 )
-from moetrain.config.groups import group_options, section_of
+from moetrain.config.groups import group_options, section_of, written_by
 from moetrain.config.overrides import sweep
 from moetrain.config.schema import Config
 from moetrain.config.values import as_tree, flatten, schema_keys, show
-from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
@@ -100,8 +99,21 @@ def test_a_typed_option_of_every_group_wins_over_every_experiment(experiment: st
     for choices in ({**typed, "experiment": experiment}, {"experiment": experiment, **typed}):
         values, _ = module._compose_yaml(choices)
         for group, option in typed.items():
-            written = load(config_dir() / group / f"{option}.yaml")
+            written = written_by(group, option)[section_of(group)]
             assert values[section_of(group)] == written, (experiment, group, option)
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], ("SigmoidRouter", 2.5)),
+    (["router.scale=1"], ("SigmoidRouter", 1.0)),
+    (["router=topk"], ("TopKRouter", 1.0)),
+    (["experiment=olmoe_8xh100"], ("SigmoidRouter", 2.5)),
+    (["experiment=olmoe_8xh100", "router=topk"], ("TopKRouter", 1.0)),
+], ids=str)
+def test_a_public_model_brings_its_router_and_what_is_typed_wins(words: list[str], expected: tuple) -> None:
+    for typed in (["model=deepseek_v3", *words], [*words, "model=deepseek_v3"]):
+        router = compose([*typed, "run.nproc=1", "parallel=single", "data.path=x"]).router
+        assert (router["_target_"].rpartition(".")[2], router["scale"]) == expected
 
 
 def test_a_typed_option_leaves_the_rest_of_the_experiment() -> None:
@@ -349,4 +361,4 @@ def test_conf_is_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_yaml_names_only_keys_of_the_schema() -> None:
     known = {path.partition(".")[2] for path in schema_keys() if path.startswith("model.")}
     for option in group_options()["model"]:
-        assert yaml.safe_load((config_dir() / "model" / f"{option}.yaml").read_text()).keys() <= known
+        assert written_by("model", option)["model"].keys() <= known

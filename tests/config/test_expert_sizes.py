@@ -10,7 +10,7 @@ from moetrain.moe.clamped_swiglu import ClampedSwiglu
 from tests.support.expert_forms import BiasedExpert, TernaryExpert
 
 FORMS = "tests.support.expert_forms"
-KEPT = {BiasedExpert: 4 + 4 * 6, TernaryExpert: 4 + 4 * 6, ClampedSwiglu: 4 + 9 * 6}
+KEPT = {BiasedExpert: 4 + 4 * 6, TernaryExpert: 4 + 4 * 6, ClampedSwiglu: 2 * 4 + 3 * 6}
 
 
 @pytest.fixture(autouse=True)

@@ -77,6 +77,8 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
                           ["run.dtype=bfloat16", "model.block=residual"],
                           ["run.dtype=bfloat16", "model.num_shared_experts=1", "model.shared_gate=true"],
                           ["run.dtype=bfloat16", "expert=gpt_oss"],
+                          ["run.dtype=bfloat16", "router=mlp"],
+                          ["run.dtype=float32", "router=expert_choice", "eval.allow_noncausal=true"],
                           ["run.dtype=bfloat16", "train.activation_checkpointing=selective"],
                                    ["run.dtype=bfloat16", "train.activation_checkpointing=full"]],
                          ids=lambda words: " ".join(words[:2]))

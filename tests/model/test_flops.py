@@ -28,6 +28,9 @@ SHAPES = {
     "experts in a narrower space": ["model.block=latent", "model.latent_dim=20",
                                     "model.num_shared_experts=1"],
     "norms and a head with biases": ["model.norm=layer", "model.head_bias=true"],
+    "a router with a hidden layer": ["router=mlp", "router.hidden=20"],
+    "a router of groups": ["router=hierarchical", "router.num_groups=4", "router.topk_groups=2"],
+    "a router of two matrices": ["router=recurrent", "router.cell=identity", "router.state_dim=20"],
     "layers of their own": ["model.num_experts=[4,8]", "model.top_k=[2,3]", "model.tie_embeddings=true"],
 }
 VOCAB = 48
@@ -51,9 +54,10 @@ def test_products_are_those_that_run(shape):
                   if event.key in ("aten::mm", "aten::bmm", "aten::addmm")
                   and not of_a_norm(event.input_shapes[0]))
     sizes = config.model
+    formula = training_flops(sizes, VOCAB, 16, config.expert, config.router)
     attention = (3 * sizes.num_layers * 2 * sizes.num_heads
                  * (sizes.head_dim or sizes.dim // sizes.num_heads) * (16 + 1))
-    assert counted == tokens_BS.numel() * (training_flops(sizes, VOCAB, 16) - attention)
+    assert counted == tokens_BS.numel() * (formula - attention)
 
 
 def test_attention_looks_at_what_is_not_masked():

@@ -80,6 +80,10 @@ class StoredFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
         self._stack.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
