@@ -53,6 +53,8 @@ def dense_beside(sizes: ModelConfig, layer: int) -> int:
 
 def attention_parameters(sizes: ModelConfig) -> Shapes:
     """Shapes of the attention's parameters in a block, by the name below it, without router and experts."""
+    if sizes.attention == "mla":
+        return _latent_attention(sizes)
     head = sizes.head_dim or sizes.dim // sizes.num_heads
     queries, keys = sizes.num_heads * head, sizes.num_kv_heads * head
     if sizes.attention == "experts":
@@ -106,6 +108,19 @@ def router_paths(sizes: ModelConfig) -> list[str]:
 def residual_width(sizes: ModelConfig, layer: int) -> int:
     """Hidden width of the dense network of a residual block: that of one expert."""
     return per_layer(sizes.expert_dim, layer)
+
+
+def _latent_attention(sizes: ModelConfig) -> Shapes:
+    """Shapes of model/latent_attention.py."""
+    width, latent, heads = sizes.dim, sizes.kv_lora_rank, sizes.num_heads
+    queries = heads * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)
+    shapes: Shapes = {"q.weight": (queries, width)}
+    if sizes.q_lora_rank is not None:
+        shapes = {"q_a.weight": (sizes.q_lora_rank, width), "q_a_norm.weight": (sizes.q_lora_rank,),
+                  "q_b.weight": (queries, sizes.q_lora_rank)}
+    return shapes | {"kv_a.weight": (latent + sizes.qk_rope_head_dim, width), "kv_a_norm.weight": (latent,),
+                     "kv_b.weight": (heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), latent),
+                     "out.weight": (width, heads * sizes.v_head_dim)}
 
 
 def _feed_forward(name: str, width: int, hidden: int) -> Shapes:

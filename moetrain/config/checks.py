@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from moetrain.config.rules import (
     data,
+    latent_attention,
     losses,
     model,
     optim,
@@ -59,6 +60,7 @@ RULES: list[Rule] = [
     rotary.rotary_channels,
     rotary.rope_scaling,
     rotary.residual_stream,
+    latent_attention.latent_attention,
     model.attention_experts,
     model.layers,
     model.layer_pattern,

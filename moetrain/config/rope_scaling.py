@@ -45,6 +45,8 @@ def with_defaults(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 def rotary_width(sizes: ModelConfig) -> int:
     """Number of channels of a head that the rotary embedding turns."""
+    if sizes.attention == "mla":
+        return sizes.qk_rope_head_dim
     head = sizes.head_dim or sizes.dim // sizes.num_heads
     return int(head * sizes.partial_rotary_factor)
 

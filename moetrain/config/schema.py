@@ -58,12 +58,19 @@ class ModelConfig:
     num_heads: int = key(4, "attention heads")
     num_kv_heads: int = key(2, "key-value heads; divides num_heads")
     head_dim: int | None = key(None, "width of a head; dim / num_heads when null")
-    attention: Literal["plain", "experts", "sliced"] = key(
+    attention: Literal["plain", "mla", "experts", "sliced"] = key(
         "plain",
+        "mla: multi-head latent attention, keys and values of all heads made of one short vector (DeepSeek); "
         "experts: attention experts with stick-breaking weights (ModuleFormer), each with num_kv_heads heads "
         "and queries and outputs of its own; keys and values are shared, and a token takes num_heads / "
         "num_kv_heads of them; sliced: a token takes some of the heads (Union-of-Experts)")
     num_attention_experts: int = key(8, "attention experts a layer")
+    q_lora_rank: int | None = key(
+        None, "attention mla: width of the latent of queries; they are made of the token itself when null")
+    kv_lora_rank: int = key(512, "attention mla: width of the latent of keys and values")
+    qk_nope_head_dim: int = key(128, "attention mla: channels of a query and a key without positions")
+    qk_rope_head_dim: int = key(64, "attention mla: channels that the rotary embedding turns")
+    v_head_dim: int = key(128, "attention mla: channels of a value")
     top_k_heads: int | None = key(None, "attention sliced: heads of a token; half of them when null")
     qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
     rope_theta: float = key(10000.0, "base of the rotary embedding")

@@ -253,6 +253,9 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, router: RouterSizes, of_
         scores, slot_rows = sizes.num_heads * seq_len, attention_top_k(sizes) * width
         decided += 50 * attention_top_k(sizes)
     of_heads = queries + keys
+    if sizes.attention == "mla":
+        queries, keys = _widths_of_latents(sizes)
+        of_heads = queries + keys
     if sizes.attention == "sliced":                              # x for each slice, and its rows
         slot_rows, of_heads = attention_top_k(sizes) * width, of_heads // 2
         decided += 50 * attention_top_k(sizes)
@@ -274,6 +277,13 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, router: RouterSizes, of_
     if kind.dense_dim is None and sizes.block == "residual" and sizes.residual_mixing == "learned":
         numbers += (2 if item >= 4 else 4) * width               # both outputs, and x as it was cast
     return item * numbers + 5 * max(item, 4) * scores + 4 * sizes.num_heads + choices + decided
+
+
+def _widths_of_latents(sizes: ModelConfig) -> tuple[int, int]:
+    """Numbers of queries, latents included, and of keys and values of one token in latent attention."""
+    key = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
+    return (sizes.num_heads * key + (sizes.q_lora_rank or 0),
+            sizes.num_heads * max(key, sizes.v_head_dim) + sizes.kv_lora_rank)
 
 
 def _casts(config: Config, parameters: Parameters, item: int) -> int:

@@ -1,8 +1,9 @@
 """Key-value cache, with which a new token runs alone through the model.
 
-Every layer has one buffer for keys and one for values, as long as the context and filled from the front. Keys
-are stored with their rotary positions applied, so they are valid as long as the positions are: when the
-window slides, the whole window runs again (generate/sample.py).
+Every layer has one buffer for keys and one for values, as long as the context and filled from the front;
+latent attention keeps latents and rotated channels in their place (model/latent_attention.py). Keys are
+stored with their rotary positions applied, so they are valid as long as the positions are: when the window
+slides, the whole window runs again (generate/sample.py).
 
 Shapes: B sequences, H key-value heads, S positions, h head width.
 """
@@ -40,8 +41,8 @@ class KeyValueCache:
     def __init__(self, model: Transformer, context: int) -> None:
         self.layers = []
         for block in model.layers:
-            shape = (1, block.attention.num_kv_heads, context, block.attention.head_dim)
-            empty = [torch.empty(shape, dtype=model.dtype, device=model.embed.device) for _ in range(2)]
+            empty = [torch.empty((1, heads, context, width), dtype=model.dtype, device=model.embed.device)
+                     for heads, width in block.attention.cached]
             self.layers.append(LayerKeyValues(*empty))
 
     @property

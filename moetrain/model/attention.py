@@ -54,6 +54,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=eps) if qk_norm else None
 
+    @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of the keys and of the values that a cache keeps of a token."""
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+
     def starts(self) -> dict[str, Start]:
         """How the matrix that writes to the residual stream starts."""
         return {"out.weight": residual_normal(drawn_as="out")}

@@ -72,6 +72,11 @@ class AttentionExperts(SparseLayer):
         self.router, self.experts = router, experts
 
     @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of the keys and of the values that a cache keeps of a token."""
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+
+    @property
     def routers(self) -> dict[str, Router]:
         return {self.name: self.router}
 

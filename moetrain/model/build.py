@@ -15,7 +15,7 @@ from moetrain.config.architecture import attention_top_k, expert_width, num_atte
 from moetrain.config.build import build
 from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
-from moetrain.config.rope_scaling import rotary_width
+from moetrain.config.rope_scaling import rotary_width, yarn_logit_factor
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.errors import ConfigError
 from moetrain.model.activation_checkpointing import recomputed
@@ -26,6 +26,7 @@ from moetrain.model.constant_gates import refuse_constant_gates
 from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize, materialize
+from moetrain.model.latent_attention import LatentAttention
 from moetrain.model.norms import NORMS
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.rotary import RotaryEmbedding
@@ -213,7 +214,7 @@ def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
     """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
     sparse, homes = set(sparse_layers(sizes)), []
     for layer in range(sizes.num_layers):
-        if sizes.attention != "plain":
+        if sizes.attention in ("experts", "sliced"):
             homes.append((attention_name(layer), contiguous(num_attention_experts(sizes), positions)))
         if layer in sparse:
             homes.append((router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions)))
@@ -244,7 +245,7 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
            exchange_of: ExchangeFactory) -> Block:
     sizes = config.model
     parts = partial(_layer_parts, config, vocab_size, layer, placement, mesh, exchange_of)
-    attention: Attention | SparseLayer
+    attention: Attention | LatentAttention | SparseLayer
     feed_forward: FeedForward | SparseLayer
     if sizes.attention == "experts":
         own = QueryOutputExpert(dim=sizes.dim, expert_dim=sizes.num_kv_heads * head_width(sizes))
@@ -257,6 +258,18 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
                      attention_top_k(sizes))
         attention = SlicedAttention(name=made.name, head_dim=head_width(sizes), router=made.make_router(),
                                     experts=made.experts, capacity=made.capacity)
+    elif sizes.attention == "mla":
+        attention = LatentAttention(
+            dim=sizes.dim,
+            num_heads=sizes.num_heads,
+            q_rank=sizes.q_lora_rank,
+            kv_rank=sizes.kv_lora_rank,
+            nope_dim=sizes.qk_nope_head_dim,
+            rope_dim=sizes.qk_rope_head_dim,
+            value_dim=sizes.v_head_dim,
+            eps=sizes.norm_eps,
+            scale=_latent_scale(sizes),
+        )
     else:
         attention = Attention(
             dim=sizes.dim,
@@ -275,6 +288,12 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
     return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
                  norm=NORMS[sizes.norm], residual_multiplier=sizes.residual_multiplier,
                  recompute=recomputed(config.train.activation_checkpointing))
+
+
+def _latent_scale(sizes: ModelConfig) -> float:
+    """Factor of the products of queries and keys in latent attention."""
+    width = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
+    return width ** -0.5 * yarn_logit_factor(sizes.rope_scaling)
 
 
 def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int | str]:

@@ -4,7 +4,8 @@ The formula counts multiplications and additions of the matrix products of one t
 
     forward     2 for each weight that the token is multiplied with: the experts that it takes in the mean,
                 matrices beside them, router, attention, head; of a chain of experts in every round
-                4 H h (S + 1) / 2 for each layer, scores and values of causal attention, in which a token
+                4 H h (S + 1) / 2 for each layer, scores and values of causal attention, each with its width
+                where these differ, in which a token
                 attends to half of the sequence on average
     backward    twice forward
 
@@ -23,6 +24,7 @@ import torch
 
 from moetrain.comm.mesh import Mesh
 from moetrain.config.architecture import (
+    attention_parameters,
     attention_top_k,
     beside_experts,
     expert_width,
@@ -94,6 +96,10 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
     attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
+    if sizes.attention == "mla":
+        attention = 2 * sum(prod(shape) for shape in attention_parameters(sizes).values() if len(shape) > 1)
+        attention += heads * (seq_len + 1) * (
+            sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim)
     if sizes.attention == "sliced":                      # scores of all heads are computed, then masked
         attention = 8 * sizes.dim * h * attention_top_k(sizes) + 2 * heads * h * (seq_len + 1)
     if sizes.attention in ("experts", "sliced"):         # and a router

@@ -73,6 +73,11 @@ class SlicedAttention(SparseLayer):
         self.num_kv_heads, self.head_dim = router.num_experts, head_dim + 1
 
     @property
+    def cached(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and width of the keys and of the values that a cache keeps of a token."""
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+
+    @property
     def routers(self) -> dict[str, Router]:
         return {self.name: self.router}
 

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from moetrain.model.attention import Attention, Cache, Earlier, document_mask
 from moetrain.model.feed_forward import FeedForward
+from moetrain.model.latent_attention import LatentAttention
 from moetrain.model.norms import LayerNorm, RMSNorm
 from moetrain.model.rotary import Rotary, RotaryEmbedding
 from moetrain.moe.experts import RoutedExperts
@@ -63,8 +64,9 @@ class Block(nn.Module):
             keeps everything for backward.
     """
 
-    def __init__(self, *, attention: Attention | SparseLayer, feed_forward: SparseLayer | FeedForward,
-                 dim: int, eps: float, norm: type[RMSNorm] | type[LayerNorm] = RMSNorm,
+    def __init__(self, *, attention: Attention | LatentAttention | SparseLayer,
+                 feed_forward: SparseLayer | FeedForward, dim: int, eps: float,
+                 norm: type[RMSNorm] | type[LayerNorm] = RMSNorm,
                  residual_multiplier: float = 1.0,
                  recompute: Callable[..., BlockOutput] | None = None) -> None:
         super().__init__()

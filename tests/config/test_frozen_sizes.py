@@ -9,6 +9,7 @@ from moetrain.config.frozen_sizes import named_parameters
 from moetrain.config.schema import Config
 from moetrain.config.sizes import count_parameters, count_trained, rank_memory
 from moetrain.model.build import meta_model
+from tests.support.any_router import MLA
 
 SHAPES = ["model.num_layers=3", "model.num_shared_experts=1", "model.qk_norm=true"]
 
@@ -28,6 +29,7 @@ def counted(config: Config) -> int:
     ["model.block=chain", "model.first_dense_layers=1"],
     ["model.attention=sliced", "model.num_kv_heads=4", "model.first_dense_layers=1", "model.qk_norm=false"],
     ["model.attention=experts", "model.first_dense_layers=1", "model.qk_norm=false"],
+    [*MLA, "model.qk_norm=false", "model.first_dense_layers=1"],
     ["model.norm=layer", "model.head_bias=true", "model.first_dense_layers=1"],
     ["model.block=latent", "model.first_dense_layers=1"]])
 def test_what_is_left_to_train_is_that_of_the_model(patterns: str, words: list[str]) -> None:

@@ -14,6 +14,7 @@ from moetrain.model import build
 from moetrain.train.memory.graph_memory import measure_graph
 from moetrain.train.session import join
 from moetrain.train.setup import set_up
+from tests.support.any_router import MLA
 
 MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model=deepseek_v3", "model.num_layers=5"],
@@ -28,7 +29,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.attention=sliced", "model.num_kv_heads=4", "model.top_k_heads=1"],
           ["model.attention=experts", "model.num_attention_experts=6"],
           ["model.num_shared_experts=4", "model.shared_dim=40", "model.shared_gate=true"],
-          ["model.norm=layer", "model.head_bias=true"],
+          ["model.norm=layer", "model.head_bias=true"], [*MLA], [*MLA, "model.q_lora_rank=7"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 

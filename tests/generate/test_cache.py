@@ -8,6 +8,7 @@ from moetrain.generate.cache import KeyValueCache
 from moetrain.generate.sample import IncrementalModel, text_key
 from moetrain.model.transformer import Transformer
 from moetrain.routers.base import RouterContext
+from tests.support.any_router import MLA
 from tests.support.training import make_run
 
 CONTEXT = 16
@@ -22,6 +23,9 @@ MODELS = {
                         "router.weights=raw"],
     "sliced-attention": ["model.attention=sliced", "model.num_kv_heads=4"],
     "attention-experts": ["model.attention=experts", "model.num_attention_experts=5"],
+    "latent": [*MLA, "model.q_lora_rank=7"],
+    "latent-longrope": [*MLA, "model.rope_scaling={type: longrope, factor: 4, short_factor: [1], "
+                        "long_factor: [3], original_max_position_embeddings: 10}"],
     "scaled-stream": ["model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
                       "model.residual_multiplier=0.5", "model.logits_scaling=2"],
     "yarn-of-neighbors": ["model.rope_interleaved=true", "model.partial_rotary_factor=0.5",

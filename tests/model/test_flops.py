@@ -16,6 +16,7 @@ from moetrain.model import flops
 from moetrain.model.build import build_model
 from moetrain.model.flops import named_peak, training_flops
 from moetrain.train.micro_batches import step_context
+from tests.support.any_router import MLA
 from tests.support.training import make_run, train_run
 
 SHAPES = {
@@ -27,6 +28,8 @@ SHAPES = {
     "a dense network beside the experts": ["model.block=residual", "model.num_shared_experts=1"],
     "experts in a narrower space": ["model.block=latent", "model.latent_dim=20",
                                     "model.num_shared_experts=1"],
+    "latents": [*MLA],
+    "latents of queries": [*MLA, "model.q_lora_rank=24"],
     "norms and a head with biases": ["model.norm=layer", "model.head_bias=true"],
     "a router with a hidden layer": ["router=mlp", "router.hidden=20"],
     "a router of groups": ["router=hierarchical", "router.num_groups=4", "router.topk_groups=2"],
@@ -55,8 +58,9 @@ def test_products_are_those_that_run(shape):
                   and not of_a_norm(event.input_shapes[0]))
     sizes = config.model
     formula = training_flops(sizes, VOCAB, 16, config.expert, config.router)
-    attention = (3 * sizes.num_layers * 2 * sizes.num_heads
-                 * (sizes.head_dim or sizes.dim // sizes.num_heads) * (16 + 1))
+    of_a_key = (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim
+                if sizes.attention == "mla" else 2 * (sizes.head_dim or sizes.dim // sizes.num_heads))
+    attention = 3 * sizes.num_layers * sizes.num_heads * of_a_key * (16 + 1)
     assert counted == tokens_BS.numel() * (formula - attention)
 
 

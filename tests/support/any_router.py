@@ -68,6 +68,8 @@ class Subject(NamedTuple):
     still: tuple[str, ...] = ()
 
 
+MLA = ("model.attention=mla", "model.kv_lora_rank=6", "model.qk_nope_head_dim=4", "model.qk_rope_head_dim=2",
+       "model.v_head_dim=5")
 # Overrides of the tiny run for each architecture, by its name.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "residual": ("model.block=residual", "model.residual_mixing=sum", "model.num_shared_experts=1"),
@@ -85,6 +87,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
                   "router.weights=raw"),
     "sliced_attention": ("model.attention=sliced", "model.block=sliced", "model.num_kv_heads=4",
                          "router.weights=raw"),
+    "latent_attention": (*MLA, "model.q_lora_rank=7", "optim=muon", "model.rope_interleaved=true"),
     "scaled_stream": (
         "model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
         "model.residual_multiplier=0.5", "model.logits_scaling=2", "model.head_dim=8",
@@ -92,7 +95,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
         "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 8}",
         "train.head_chunk=5"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
-                     "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1"),
+                     "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1", *MLA),
 }
 # The same for routers that are tried in a run alone.
 IN_A_RUN: dict[str, tuple[str, ...]] = {

@@ -186,7 +186,7 @@ class RoutedAttention(SparseLayer):
     def __init__(self, name: str, heads: Attention, router: Router, experts: RoutedExperts) -> None:
         super().__init__()
         self.name, self.heads, self.router, self.experts = name, heads, router, experts
-        self.num_kv_heads, self.head_dim = heads.num_kv_heads, heads.head_dim     # for the key-value cache
+        self.cached = heads.cached                   # for the key-value cache
 
     @property
     def routers(self) -> dict[str, Router]:

@@ -25,14 +25,14 @@ def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
                           where="model.num_kv_heads, model.num_heads",
                           why="every key-value head serves the same number of heads",
                           next=choose("model.num_kv_heads", divisors(model.num_heads)))
-    if model.head_dim is None and model.dim % model.num_heads:
+    if model.head_dim is None and model.attention != "mla" and model.dim % model.num_heads:
         yield ConfigError(24, f"model.num_heads={model.num_heads} does not divide model.dim={model.dim}",
                           where="model.num_heads, model.dim",
                           why="model.head_dim is null, so a head is dim / num_heads wide",
                           next=f"{choose('model.num_heads', divisors(model.dim))}; or set model.head_dim")
         return
     head_dim = model.head_dim or model.dim // model.num_heads
-    if head_dim % 2:
+    if head_dim % 2 and model.attention != "mla":
         yield ConfigError(
             25, f"a head is {head_dim} wide, an odd number",
             where="model.head_dim" if model.head_dim else "model.dim, model.num_heads",
@@ -43,7 +43,7 @@ def heads(config: Config, ranks: int) -> Iterator[ConfigError]:
 def attention_experts(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Check what attention experts do not hold, and that mesh and groups of experts fit their number."""
     model, router, parallel = config.model, config.router, config.parallel
-    if model.attention == "plain" or model.num_heads % model.num_kv_heads:
+    if model.attention in ("plain", "mla") or model.num_heads % model.num_kv_heads:
         return
     experts, top_k = num_attention_experts(model), attention_top_k(model)
     sliced = model.attention == "sliced"
@@ -241,7 +241,8 @@ def experts_of_a_token(config: Config, ranks: int) -> Iterator[ConfigError]:
 
 def mapped_logits(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse a map of the logits of the layer before between layers with different numbers of experts."""
-    of_attention = set() if config.model.attention == "plain" else {num_attention_experts(config.model)}
+    routed = config.model.attention in ("experts", "sliced")
+    of_attention = {num_attention_experts(config.model)} if routed else set()
     numbers = sorted(of_attention | {num_experts for _, num_experts, _ in moe_layers(config)})
     if config.router.get("map_logits") and len(numbers) > 1:
         yield ConfigError(

@@ -19,7 +19,7 @@ def rotary_channels(config: Config, ranks: int) -> Iterator[ConfigError]:
     model, width = config.model, rotary_width(config.model)
     if model.partial_rotary_factor == 1 or (model.head_dim is None and model.dim % model.num_heads):
         return
-    if width < 2 or width % 2:
+    if model.attention != "mla" and (width < 2 or width % 2):
         head = model.head_dim or model.dim // model.num_heads
         fitting = max(2, width // 2 * 2)
         yield ConfigError(

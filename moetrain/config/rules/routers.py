@@ -29,7 +29,7 @@ def fixed_top_k(config: Config, ranks: int) -> Iterator[ConfigError]:
     model, other = config.model, "another router" if second == "top" else "router.second_expert=top"
     given = [(f"model.top_k={top_k} (layer {layer})", top_k, "model.top_k", f"model.top_k={needed}")
              for layer, _, top_k in moe_layers(config)]
-    if model.attention != "plain":
+    if model.attention in ("experts", "sliced"):
         top_k = attention_top_k(model)
         given.append((f"model.attention={model.attention}, where it chooses {top_k}", top_k,
                       "model.attention", "model.attention=plain"))

@@ -47,6 +47,7 @@ from torch.distributed.tensor import DTensor
 from moetrain.model.attention import Attention
 from moetrain.model.attention_experts import AttentionExperts
 from moetrain.model.feed_forward import FeedForward
+from moetrain.model.latent_attention import LatentAttention
 from moetrain.moe.bank import ExpertBank
 from moetrain.parallel.state_shards import local, shard_of
 
@@ -140,6 +141,8 @@ def matrix_rows(model: nn.Module) -> dict[nn.Parameter, list[int]]:
         if isinstance(module, Attention):
             kv_rows = module.num_kv_heads * module.head_dim
             rows[module.qkv.weight] = [module.num_heads * module.head_dim, kv_rows, kv_rows]
+        elif isinstance(module, LatentAttention):
+            rows[module.kv_a.weight] = [module.kv_rank, module.rope_dim]
         elif isinstance(module, AttentionExperts):
             rows[module.kv.weight] = [module.num_kv_heads * module.head_dim] * 2
         elif isinstance(module, FeedForward):
