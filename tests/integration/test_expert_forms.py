@@ -41,6 +41,8 @@ OWN = ["run.packages=[tests]"]
 FORMS = {
     "biased": [*OWN, "expert._target_=tests.support.expert_forms.BiasedExpert"],
     "gpt_oss": ["expert=gpt_oss", "expert.limit=0.1", "router.logit_bias=true"],
+    "gpt_oss, partly frozen": ["expert=gpt_oss", "expert.limit=0.1",
+                               "train.frozen=[*.experts.*.gate_up,*.experts.*.down_bias]"],
     "ternary": [*OWN, "expert._target_=tests.support.expert_forms.TernaryExpert"],
     "widths": ["model.expert_dim=[16,24]", "model.num_shared_experts=1", "model.shared_dim=20"],
     "biased, frozen": [*OWN, "expert._target_=tests.support.expert_forms.BiasedExpert",
@@ -68,8 +70,7 @@ PAIRS = [
     Case("fssdp", "biased, widths", "muon", "none", 2),
     Case("fssdp, chunks, gathered again", "biased, frozen", "adamw", "none", 2),
     Case("fssdp, two levels, gathered again", "ternary", "adamw", "full"),
-    Case("fssdp, sliced", "biased, partly frozen", "adamw", "none"),
-    Case("fssdp, sliced", "gpt_oss", "adamw", "selective", 2),
+    Case("fssdp, sliced", "gpt_oss, partly frozen", "adamw", "selective", 2),
     Case("chunks", "gpt_oss", "adamw", "full"),
 ]
 FACTORS = [list(MESHES), list(FORMS), ["adamw", "muon"], ["none", "selective", "full"], [1, 2]]
