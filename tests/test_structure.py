@@ -187,7 +187,7 @@ COVERS = {
     "comm/test_device": "machine",
     "comm/test_reduce": "comm/agreement",
     "config/test_bounds": "config/rules/ranges",
-    "config/test_checks": "config/rules/{data,losses,model,optim,parallel,paths} "
+    "config/test_checks": "config/rules/{attention,data,losses,model,optim,parallel,paths} "
                           "config/rules/{latent_attention,rotary,routers,run,train,wording}",
     "config/test_compose": "config/{groups,key,origins,overrides,parallel_schema,schema,tree,values} errors",
     "config/test_sizes": "config/architecture",

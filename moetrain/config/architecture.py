@@ -62,7 +62,14 @@ def attention_parameters(sizes: ModelConfig) -> Shapes:
     if sizes.attention == "sliced":
         return {}
     shapes: Shapes = {"qkv.weight": (queries + 2 * keys, sizes.dim), "out.weight": (sizes.dim, queries)}
-    return shapes | ({"q_norm.weight": (head,), "k_norm.weight": (head,)} if sizes.qk_norm else {})
+    if sizes.attention_bias != "none":
+        shapes |= {"qkv.bias": (queries + 2 * keys,)}
+    if sizes.attention_bias == "all":
+        shapes |= {"out.bias": (sizes.dim,)}
+    if sizes.qk_norm != "none":
+        q_width, k_width = (queries, keys) if sizes.qk_norm == "all" else (head, head)
+        shapes |= {"q_norm.weight": (q_width,), "k_norm.weight": (k_width,)}
+    return shapes | ({"sinks": (sizes.num_heads,)} if sizes.attention_sinks else {})
 
 
 def attention_experts(sizes: ModelConfig) -> Shapes:
@@ -118,6 +125,11 @@ def _latent_attention(sizes: ModelConfig) -> Shapes:
     if sizes.q_lora_rank is not None:
         shapes = {"q_a.weight": (sizes.q_lora_rank, width), "q_a_norm.weight": (sizes.q_lora_rank,),
                   "q_b.weight": (queries, sizes.q_lora_rank)}
+    if sizes.attention_bias != "none":
+        shapes |= {"kv_a.bias": (latent + sizes.qk_rope_head_dim,)}
+        shapes |= {"q_a.bias": (sizes.q_lora_rank,)} if sizes.q_lora_rank is not None else {}
+    if sizes.attention_bias == "all":
+        shapes |= {"out.bias": (width,)}
     return shapes | {"kv_a.weight": (latent + sizes.qk_rope_head_dim, width), "kv_a_norm.weight": (latent,),
                      "kv_b.weight": (heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), latent),
                      "out.weight": (width, heads * sizes.v_head_dim)}

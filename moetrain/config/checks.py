@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from moetrain.config.rules import (
+    attention,
     data,
     latent_attention,
     losses,
@@ -61,6 +62,7 @@ RULES: list[Rule] = [
     rotary.rope_scaling,
     rotary.residual_stream,
     latent_attention.latent_attention,
+    attention.sliding_layers,
     model.attention_experts,
     model.layers,
     model.layer_pattern,

@@ -1,9 +1,11 @@
-"""Which layers have experts: `model.moe_layers` and its older form, `model.first_dense_layers`.
+"""Which layers have experts, by `model.moe_layers` and its older form, `model.first_dense_layers`.
 
     null              all layers but the `first_dense_layers` leading ones
     every_4           every fourth layer: 3, 7, 11, … (GShard, OpenMoE, Qwen's decoder_sparse_step)
     every_4_from_0    every fourth layer from that one on: 0, 4, 8, …
     [1,3,6]           these layers
+
+`model.sliding_layers` says in the same way whose attention has a window; null is all layers there.
 
 Layers are numbered from 0. Where `model.num_experts` is a list, an entry of 0 makes its layer dense, too,
 unless `moe_layers` names that layer. Everything that depends on the kind of a layer asks here.
@@ -50,6 +52,24 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
 def per_layer(value: int | list[int], layer: int) -> int:
     """Value for one layer of a size that is one number for all layers, or a list with one for each."""
     return value if isinstance(value, int) else value[layer]
+
+
+def attention_window(sizes: ModelConfig, layer: int) -> int | None:
+    """Keys that a query of a layer attends to at most; None where it attends to all before it."""
+    return sizes.sliding_window if layer in sliding_layers(sizes) else None
+
+
+def sliding_layers(sizes: ModelConfig) -> Sequence[int]:
+    """List the layers whose attention has a window, ascending; a pattern that is refused names none."""
+    given, last = sizes.sliding_layers, sizes.num_layers
+    if sizes.sliding_window is None:
+        return ()
+    if isinstance(given, list):
+        return tuple(sorted({layer for layer in given if 0 <= layer < last}))
+    if given is None:
+        return range(last)
+    found = parse_pattern(given)
+    return () if found is None else range(found[1], last, found[0])
 
 
 def dense_width(sizes: ModelConfig, layer: int) -> int:

@@ -119,6 +119,8 @@ ALWAYS = frozenset("""
     run.name run.dir run.nproc run.steps run.stop_at run.seed run.device run.share_gpu run.dtype run.timeout_s
     run.max_restarts run.grace_s run.packages
     model.dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.qk_norm model.attention
+    model.clip_qkv model.attention_bias model.attention_sinks model.sliding_window model.sliding_layers
+    model.attention_multiplier
     model.rope_theta model.partial_rotary_factor model.rope_interleaved model.rope_scaling model.norm
     model.head_bias model.embedding_multiplier model.residual_multiplier model.logits_scaling
     model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim

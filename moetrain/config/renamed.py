@@ -7,6 +7,8 @@
     router.centre          router.center
     balance.normalisation  balance.normalization             and of every loss
 
+    model.qk_norm          false, true -> none, head         the values alone
+
 The config.yaml of a run and the manifests of its checkpoints keep the names of the release that wrote them.
 `translate` reads those, so that old runs resume, evaluate and generate. A user who types an old name, or
 keeps it in a yaml file of conf/, gets an error with what to type now.
@@ -107,6 +109,8 @@ def take_out(overrides: Sequence[str]) -> tuple[list[str], list[ConfigError]]:
     return kept, errors
 
 
+# Values that records of older releases write otherwise, by key.
+_REVALUED: dict[str, dict[Any, Any]] = {"model.qk_norm": {False: "none", True: "head"}}
 # Sections that records of older releases do not have: what could not be chosen is the default now.
 LATER_PARTS = ("expert", "language_loss")
 
@@ -147,7 +151,8 @@ def _translated(path: str, node: Any) -> Any:
         if found and found.new not in node and _is_taken(path, found.new, node):
             read[found.new] = found.convert(value)
         else:
-            read[name] = value
+            values = _REVALUED.get(f"{path}.{name}", {})
+            read[name] = values[value] if isinstance(value, bool) and value in values else value
     return read
 
 

@@ -72,7 +72,20 @@ class ModelConfig:
     qk_rope_head_dim: int = key(64, "attention mla: channels that the rotary embedding turns")
     v_head_dim: int = key(128, "attention mla: channels of a value")
     top_k_heads: int | None = key(None, "attention sliced: heads of a token; half of them when null")
-    qk_norm: bool = key(False, "RMSNorm on queries and keys, per head (Qwen3)")
+    qk_norm: Literal["none", "head", "all"] = key(
+        "none", "RMSNorm on queries and keys: of each head (Qwen3), or of all heads together (OLMoE)")
+    clip_qkv: float | None = key(
+        None, "largest absolute value of queries, keys and values; they are not clipped when null (OLMoE)")
+    attention_bias: Literal["none", "qkv", "all"] = key(
+        "none", "biases of the projections to queries, keys and values (Qwen2), or of all of attention")
+    attention_sinks: bool = key(
+        False, "a learned logit of each head in the softmax of attention, whose share is dropped (GPT-OSS)")
+    sliding_window: int | None = key(
+        None, "keys that a query attends to at most, its own included; all before it when null")
+    sliding_layers: str | list[int] | None = key(
+        None, "layers whose attention has the window, written as in moe_layers; all of them when null")
+    attention_multiplier: float | None = key(
+        None, "factor of the products of queries and keys; 1 / sqrt of a head's width when null (Granite)")
     rope_theta: float = key(10000.0, "base of the rotary embedding")
     partial_rotary_factor: float = key(
         1.0, "share of a head's channels, its first ones, that the rotary embedding turns")

@@ -111,9 +111,9 @@ def count_parameters(sizes: ModelConfig, vocab_size: int, expert: Mapping[str, A
         router: section `router` of the config.
     """
     width = sizes.dim
-    attention = {name: prod(shape) for name, shape in attention_parameters(sizes).items()}
-    in_rest = sum(numbers for name, numbers in attention.items() if "norm" in name)
-    matrices = sizes.num_layers * (sum(attention.values()) - in_rest)
+    attention = attention_parameters(sizes)
+    in_rest = sum(prod(shape) for name, shape in attention.items() if len(shape) == 1)
+    matrices = sizes.num_layers * (sum(map(prod, attention.values())) - in_rest)
     norm = width * len(norm_tensors(sizes))
     rest = sizes.num_layers * (2 * norm + in_rest) + norm
     rest += vocab_size * (width * (1 if sizes.tie_embeddings else 2) + sizes.head_bias)
@@ -266,7 +266,9 @@ def _kept_by_block(sizes: ModelConfig, kind: LayerKind, router: RouterSizes, of_
         numbers = 2 * width + 2 * of_heads + rows + inside + shared + slot_rows + scores
         return item * numbers + 4 * sizes.num_heads + decided
     states = 2 + passes * (2 if item >= 4 else 4)                # of width D; norms keep what they cast
-    projections = (4 if sizes.qk_norm else 3) * (queries + keys)
+    projections = (4 if sizes.qk_norm != "none" else 3) * (queries + keys)
+    projections += (sizes.clip_qkv is not None) * (queries + 2 * keys)
+    projections += sizes.attention_sinks * (queries + 2 * keys)  # with a channel and a key more
     numbers = states * width + projections + inside + 4 * feed_forward + exchanged * rows
     if scores:
         numbers += scores + slot_rows + (1 if item >= 4 else 4) * queries

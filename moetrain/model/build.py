@@ -13,7 +13,7 @@ from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.architecture import attention_top_k, expert_width, num_attention_experts
 from moetrain.config.build import build
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
+from moetrain.config.layer_pattern import attention_window, dense_width, is_sparse, per_layer, sparse_layers
 from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.config.rope_scaling import rotary_width, yarn_logit_factor
 from moetrain.config.schema import Config, ModelConfig
@@ -269,6 +269,7 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
             value_dim=sizes.v_head_dim,
             eps=sizes.norm_eps,
             scale=_latent_scale(sizes),
+            bias=sizes.attention_bias,
         )
     else:
         attention = Attention(
@@ -276,8 +277,13 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=head_width(sizes),
-            qk_norm=sizes.qk_norm,
             eps=sizes.norm_eps,
+            qk_norm=sizes.qk_norm,
+            bias=sizes.attention_bias,
+            clip=sizes.clip_qkv,
+            sinks=sizes.attention_sinks,
+            window=attention_window(sizes, layer),
+            scale=sizes.attention_multiplier,
         )
     if is_sparse(sizes, layer):
         form = build(config.expert, "expert", dim=expert_width(sizes),
@@ -292,6 +298,8 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
 
 def _latent_scale(sizes: ModelConfig) -> float:
     """Factor of the products of queries and keys in latent attention."""
+    if sizes.attention_multiplier is not None:
+        return sizes.attention_multiplier
     width = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
     return width ** -0.5 * yarn_logit_factor(sizes.rope_scaling)
 

@@ -5,8 +5,8 @@ The formula counts multiplications and additions of the matrix products of one t
     forward     2 for each weight that the token is multiplied with: the experts that it takes in the mean,
                 matrices beside them, router, attention, head; of a chain of experts in every round
                 4 H h (S + 1) / 2 for each layer, scores and values of causal attention, each with its width
-                where these differ, in which a token
-                attends to half of the sequence on average
+                where these differ, in which a token attends to half of the sequence on average, or to less
+                in a sliding window
     backward    twice forward
 
 Recomputation in backward does not count, nor do embedding, norms and activations. PaLM (arXiv 2204.02311,
@@ -31,7 +31,7 @@ from moetrain.config.architecture import (
     rounds,
 )
 from moetrain.config.expert_sizes import expert_sizes
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
+from moetrain.config.layer_pattern import attention_window, dense_width, is_sparse, per_layer
 from moetrain.config.router_sizes import attention_router, layer_router
 from moetrain.config.schema import SWIGLU, TOPK, Config, ModelConfig
 from moetrain.model.build import compute_dtype, head_width
@@ -59,6 +59,18 @@ def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int, expert: Ma
     forward = 2 * sizes.dim * vocab_size + sum(
         _layer(sizes, layer, seq_len, expert, router) for layer in range(sizes.num_layers))
     return 3.0 * forward
+
+
+def attended_keys(seq_len: int, window: int | None) -> float:
+    """Keys that a query of causal attention attends to on average.
+
+    Args:
+        seq_len: S.
+        window: keys that it attends to at most; None: no limit.
+    """
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    return window - window * (window - 1) / (2 * seq_len)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -95,7 +107,8 @@ def _layer(sizes: ModelConfig, layer: int, seq_len: int, expert: Mapping[str, An
            router: Mapping[str, Any]) -> float:
     """Operations of one token in the forward pass of a layer."""
     heads, h = sizes.num_heads, head_width(sizes)
-    attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 2 * heads * h * (seq_len + 1)
+    keys = attended_keys(seq_len, attention_window(sizes, layer))
+    attention = 2 * sizes.dim * h * (2 * heads + 2 * sizes.num_kv_heads) + 4 * heads * h * keys
     if sizes.attention == "mla":
         attention = 2 * sum(prod(shape) for shape in attention_parameters(sizes).values() if len(shape) > 1)
         attention += heads * (seq_len + 1) * (

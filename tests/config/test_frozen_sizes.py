@@ -11,7 +11,7 @@ from moetrain.config.sizes import count_parameters, count_trained, rank_memory
 from moetrain.model.build import meta_model
 from tests.support.any_router import MLA
 
-SHAPES = ["model.num_layers=3", "model.num_shared_experts=1", "model.qk_norm=true"]
+SHAPES = ["model.num_layers=3", "model.num_shared_experts=1", "model.qk_norm=head"]
 
 
 def counted(config: Config) -> int:
@@ -27,10 +27,11 @@ def counted(config: Config) -> int:
      "model.moe_layers=[1,2]"],
     ["model.block=residual", "model.first_dense_layers=1"],
     ["model.block=chain", "model.first_dense_layers=1"],
-    ["model.attention=sliced", "model.num_kv_heads=4", "model.first_dense_layers=1", "model.qk_norm=false"],
-    ["model.attention=experts", "model.first_dense_layers=1", "model.qk_norm=false"],
-    [*MLA, "model.qk_norm=false", "model.first_dense_layers=1"],
+    ["model.attention=sliced", "model.num_kv_heads=4", "model.first_dense_layers=1", "model.qk_norm=none"],
+    ["model.attention=experts", "model.first_dense_layers=1", "model.qk_norm=none"],
+    [*MLA, "model.qk_norm=none", "model.first_dense_layers=1"],
     ["model.norm=layer", "model.head_bias=true", "model.first_dense_layers=1"],
+    ["model.attention_bias=all", "model.attention_sinks=true", "model.first_dense_layers=1"],
     ["model.block=latent", "model.first_dense_layers=1"]])
 def test_what_is_left_to_train_is_that_of_the_model(patterns: str, words: list[str]) -> None:
     if "tie_embeddings" in " ".join(words):

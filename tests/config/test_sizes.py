@@ -30,6 +30,7 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.attention=experts", "model.num_attention_experts=6"],
           ["model.num_shared_experts=4", "model.shared_dim=40", "model.shared_gate=true"],
           ["model.norm=layer", "model.head_bias=true"], [*MLA], [*MLA, "model.q_lora_rank=7"],
+          ["model.attention_bias=all", "model.attention_sinks=true", "model.qk_norm=all"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 
@@ -69,7 +70,7 @@ SMALL = ["data=synthetic", "data.vocab_size=300", "optim=adamw", "train.global_b
 
 @pytest.mark.parametrize("words",
                          [["run.dtype=bfloat16"],
-                          ["run.dtype=bfloat16", "model.qk_norm=true", "model.num_shared_experts=1"],
+                          ["run.dtype=bfloat16", "model.qk_norm=head", "model.num_shared_experts=1"],
                                    ["run.dtype=float32"],
                           ["run.dtype=bfloat16", "model.block=latent"],
                           ["run.dtype=bfloat16", "model.block=chain", "model.chain_rounds=3"],

@@ -78,8 +78,8 @@ ILLEGAL = {  # refused in both
 # Rules of which every key is fixed (the run would not have been trained), or is given by other words.
 BY_THE_RUN = {"run_name", "heads", "layer_pattern", "dense_width", "divisions", "betas", "loss_names",
               "pools", "sliced_quantized", "vocabulary", "attention_experts", "mapped_logits",
-              "equal_groups", "needed_sums", "rotary_channels", "rope_scaling", "residual_stream",
-              "latent_attention"}
+              "equal_groups", "needed_sums", "rotary_channels", "sliding_layers", "rope_scaling",
+              "residual_stream", "latent_attention"}
 
 
 @pytest.mark.parametrize("name", [*LEGAL, *ILLEGAL])

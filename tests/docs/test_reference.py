@@ -75,8 +75,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "run"
     moetrain(ROOT, "train", "experiment=debug", "run.steps=2", f"run.dir={directory}", "log.sources=true",
              "log.router_dump=true", "log.routing=true", "log.timeline=1", "loss=[z]",
-             "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=true",
-             "model.norm=layer", "model.head_bias=true")
+             "model.first_dense_layers=1", "model.num_shared_experts=1", "model.qk_norm=head",
+             "model.norm=layer", "model.head_bias=true", "model.attention_bias=all",
+             "model.attention_sinks=true")
     return directory
 
 

@@ -16,7 +16,7 @@ EVALUATION = RouterContext(training=False)
 KEY = text_key(0, 1, 0)
 MODELS = {
     "sparse": [],
-    "grouped-norm-shared": ["model.qk_norm=true", "model.num_heads=4", "model.num_kv_heads=1",
+    "grouped-norm-shared": ["model.qk_norm=head", "model.num_heads=4", "model.num_kv_heads=1",
                             "model.num_shared_experts=1"],
     "dense-first": ["model.num_layers=3", "model.first_dense_layers=1"],
     "tied-one-expert": ["model.tie_embeddings=true", "model.num_experts=1", "model.top_k=1",
@@ -26,6 +26,9 @@ MODELS = {
     "latent": [*MLA, "model.q_lora_rank=7"],
     "latent-longrope": [*MLA, "model.rope_scaling={type: longrope, factor: 4, short_factor: [1], "
                         "long_factor: [3], original_max_position_embeddings: 10}"],
+    "sinks-and-windows": ["model.attention_sinks=true", "model.attention_bias=all", "model.sliding_window=4",
+                          "model.sliding_layers=every_2_from_0"],
+    "norms-of-all-heads": ["model.qk_norm=all", "model.clip_qkv=0.5", "model.attention_multiplier=0.7"],
     "scaled-stream": ["model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
                       "model.residual_multiplier=0.5", "model.logits_scaling=2"],
     "yarn-of-neighbors": ["model.rope_interleaved=true", "model.partial_rotary_factor=0.5",

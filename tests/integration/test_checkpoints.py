@@ -29,7 +29,7 @@ from moetrain.train.step import train_step
 from tests.support.checkpoints import flip
 from tests.support.training import Held, difference, make_run, snapshot, whole
 
-SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=true", "model.num_shared_experts=1",
+SIZES = ["run.dtype=float64", "data.vocab_size=50", "model.qk_norm=head", "model.num_shared_experts=1",
          "balance.weight=0.1", "run.packages=[tests]",
          "train.micro_batch=4"]
 # 6 do not divide over 4 ranks: stacks are cut by rows

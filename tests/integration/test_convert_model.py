@@ -22,7 +22,7 @@ class NormedAttention(Attention):
     """Attention whose output is normalized."""
 
     def __init__(self, *, dim: int, eps: float, **sizes: int) -> None:
-        super().__init__(dim=dim, qk_norm=False, eps=eps, **sizes)
+        super().__init__(dim=dim, eps=eps, **sizes)
         self.out_norm = RMSNorm(dim=dim, eps=eps)
 
     def forward(self, *arguments: object) -> torch.Tensor:
@@ -40,7 +40,7 @@ def normalize_attention(model: Transformer, config: Config) -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("mesh", ["ddp", "fsdp", "fssdp"])
 def test_a_converted_model_trains_alike_on_every_mesh(ranks, mesh: str) -> None:
-    words = ["run.dtype=float64", "model.qk_norm=false"]
+    words = ["run.dtype=float64", "model.qk_norm=none"]
     checkpointing = "full" if mesh in ("fsdp", "fssdp") else "none"
     truth = alone(words, STEPS, None, normalize_attention)
     ours = union(ranks(2).run(
@@ -57,7 +57,7 @@ def test_a_converted_model_trains_alike_on_every_mesh(ranks, mesh: str) -> None:
 def test_a_run_is_resumed_and_evaluated_with_the_same_conversion(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
-    words = ["experiment=debug", "run.steps=2", "model.dim=16", "model.qk_norm=false", "train.seq_len=8",
+    words = ["experiment=debug", "run.steps=2", "model.dim=16", "model.qk_norm=none", "train.seq_len=8",
              "train.global_batch=2", "eval.windows=1", "run.device=cpu", "run.name=converted"]
     train(compose([*words, "run.stop_at=1"]), convert_model=normalize_attention)
     with pytest.raises(CheckpointError, match="out_norm.weight is in the checkpoint alone"):

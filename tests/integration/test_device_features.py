@@ -60,7 +60,7 @@ FEATURES: dict[str, list[str]] = {
     "dense layers": ["model.num_layers=3", "model.first_dense_layers=1"],
     "layers of their own": ["model.num_experts=[8,12]", "model.top_k=[3,2]"],
     "odd widths": ["model.dim=20", "model.num_heads=2", "model.num_kv_heads=1", "model.expert_dim=13"],
-    "norms on queries and keys": ["model.qk_norm=true"],
+    "norms on queries and keys": ["model.qk_norm=head"],
     "tied embeddings": ["model.tie_embeddings=true"],
     "padding": ["data.min_length=0.3"],
     "float64": ["run.dtype=float64"],

@@ -196,7 +196,7 @@ def check(ours: Trained, expected: Trained) -> None:
 
 
 @pytest.mark.parametrize("overrides, oracle", [
-    (["model.qk_norm=true", "model.tie_embeddings=true"], {"qk_norm": True, "tie_embeddings": True}),
+    (["model.qk_norm=head", "model.tie_embeddings=true"], {"qk_norm": True, "tie_embeddings": True}),
     (["model.num_layers=3", "model.first_dense_layers=1", "model.num_experts=[8,4,6]", "model.top_k=[2,1,3]",
       "router.weights=raw"],
      {"num_layers": 3, "first_dense_layers": 1, "num_experts": [8, 4, 6], "top_k": [2, 1, 3], "gate": "raw"}),

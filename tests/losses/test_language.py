@@ -92,7 +92,7 @@ def test_prompts_are_balanced_and_not_scored() -> None:
         params, [(b.tokens_BS, b.targets_BS, b.valid_BS) for b in run.loader.step(1)], balance_weight=0.3,
         z_weight=0.01, num_layers=sizes.num_layers, num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads, head_dim=sizes.dim // sizes.num_heads, top_k=sizes.top_k,
-        num_experts=sizes.num_experts, qk_norm=sizes.qk_norm)
+        num_experts=sizes.num_experts, qk_norm=sizes.qk_norm == "head")
     total.backward()
     metrics = trained.metrics[0]
     for metric, value in (("loss/total", total), ("loss/ce", ce), ("loss/balance", balance)):

@@ -82,7 +82,7 @@ def test_scores_cost_what_plain_attention_does_and_a_router_comes_on_top() -> No
 
 
 @pytest.mark.parametrize("words, says", [
-    (["model.qk_norm=true"], "with model.qk_norm=true"),
+    (["model.qk_norm=head"], "with model.qk_norm=head"),
     (["model.num_attention_experts=1"], "has 1 of them, and a token takes num_heads / num_kv_heads = 2"),
     (["parallel=ep", "run.nproc=2"], "cannot hold 5 of them on 2 positions"),
     (["router.num_groups=2"], "with router.num_groups=2"),

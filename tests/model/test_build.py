@@ -43,7 +43,7 @@ def test_no_two_tensors_share_their_numbers():
 
 
 def test_norms_are_one_and_residual_writers_are_smaller():
-    start = initial(["model.dim=64", "model.qk_norm=true", "model.num_shared_experts=1"])
+    start = initial(["model.dim=64", "model.qk_norm=head", "model.num_shared_experts=1"])
     norms = {name: tensor for name, tensor in start.items() if "norm" in name}
     assert {name.rpartition("layers.0.")[2] for name in norms if "layers.0" in name} == {
         "attention_norm.weight", "ffn_norm.weight", "attention.q_norm.weight", "attention.k_norm.weight"}

@@ -14,14 +14,14 @@ from moetrain.config.sizes import count_parameters
 from moetrain.data.batches.batch import Batch
 from moetrain.model import flops
 from moetrain.model.build import build_model
-from moetrain.model.flops import named_peak, training_flops
+from moetrain.model.flops import attended_keys, named_peak, training_flops
 from moetrain.train.micro_batches import step_context
 from tests.support.any_router import MLA
 from tests.support.training import make_run, train_run
 
 SHAPES = {
     "experts": ["model.num_experts=8", "model.top_k=3"],
-    "a head's width of its own": ["model.head_dim=24", "model.num_kv_heads=1", "model.qk_norm=true"],
+    "a head's width of its own": ["model.head_dim=24", "model.num_kv_heads=1", "model.qk_norm=head"],
     "shared experts and a dense layer": ["model.num_layers=3", "model.num_shared_experts=2",
                                          "model.first_dense_layers=1"],
     "every second layer": ["model.num_layers=5", "model.moe_layers=every_2", "model.dense_dim=80"],
@@ -30,6 +30,8 @@ SHAPES = {
                                     "model.num_shared_experts=1"],
     "latents": [*MLA],
     "latents of queries": [*MLA, "model.q_lora_rank=24"],
+    "biases of attention, norms of all heads": ["model.attention_bias=all", "model.qk_norm=all",
+                                                "model.clip_qkv=1"],
     "norms and a head with biases": ["model.norm=layer", "model.head_bias=true"],
     "a router with a hidden layer": ["router=mlp", "router.hidden=20"],
     "a router of groups": ["router=hierarchical", "router.num_groups=4", "router.topk_groups=2"],
@@ -122,3 +124,9 @@ def test_a_step_reports_its_share_of_the_peak(monkeypatch):
     assert run.peak_tokens_per_s == 1e9 / training_flops(run.config.model, VOCAB, 12)
     assert metrics["throughput/mfu"] == pytest.approx(
         metrics["throughput/tokens_per_s"] / run.peak_tokens_per_s)
+
+
+def test_a_window_takes_what_it_reaches():
+    for seq_len, window in ((16, None), (16, 5), (16, 16), (3, 9)):
+        counted = sum(min(position, window or position) for position in range(1, seq_len + 1)) / seq_len
+        assert attended_keys(seq_len, window) == pytest.approx(counted)

@@ -25,7 +25,7 @@ def inputs(**context) -> tuple[torch.Tensor, RouterContext, tuple[torch.Tensor, 
 
 def plain(layer: SlicedAttention) -> Attention:
     """The attention whose heads the slices are."""
-    attention = Attention(dim=D, num_heads=H, num_kv_heads=H, head_dim=HEAD, qk_norm=False, eps=0).double()
+    attention = Attention(dim=D, num_heads=H, num_kv_heads=H, head_dim=HEAD, eps=0).double()
     bank = layer.experts.bank
     with torch.no_grad():
         of_kind = [torch.cat(list(each)) for each in zip(*(qkv.chunk(3) for qkv in bank.qkv))]
@@ -82,7 +82,7 @@ def test_half_of_the_heads_cost_half_of_the_projections() -> None:
 
 
 @pytest.mark.parametrize("words, says", [
-    (["model.qk_norm=true"], "with model.qk_norm=true"),
+    (["model.qk_norm=head"], "with model.qk_norm=head"),
     (["model.num_kv_heads=2"], "with model.num_kv_heads=2"),
     (["model.top_k_heads=5"], "with model.top_k_heads=5"),
     (["parallel=ep", "run.nproc=3", "model.num_experts=6", "train.global_batch=12"],

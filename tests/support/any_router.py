@@ -94,6 +94,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
         "model.partial_rotary_factor=0.5", "model.rope_interleaved=true",
         "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 8}",
         "train.head_chunk=5"),
+    "gpt_oss_attention": ("model.attention_sinks=true", "model.attention_bias=all", "model.sliding_window=4",
+                          "model.sliding_layers=[0]", "model.attention_multiplier=0.4"),
+    "olmoe_attention": ("model.qk_norm=all", "model.clip_qkv=0.5", "model.attention_bias=qkv"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1", *MLA),
 }

@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_with_its_own_checkpoint(
 
 def test_every_tensor_that_differs_is_named(here: Path, capsys: pytest.CaptureFixture[str],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    text = refused(capsys, monkeypatch, 2, "init.from=mine", "model.expert_dim=48", "model.qk_norm=true")
+    text = refused(capsys, monkeypatch, 2, "init.from=mine", "model.expert_dim=48", "model.qk_norm=head")
     assert "E-CONFIG-223" in text and "runs/mine/config.yaml" in text
     for layer in (0, 1):
         assert f"model.layers.{layer}.moe.experts.*.down: expected F32 [32, 48], found F32 [32, 64]" in text

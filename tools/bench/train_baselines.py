@@ -37,7 +37,7 @@ def configured(args: Namespace) -> Config:
     """Config with the sizes of --model, and those that were given in their place."""
     given = [f"model.{key}={getattr(args, name)}" for name, key in SIZES.items()
              if getattr(args, name) is not None]
-    return compose([f"model={args.model}", *given, "model.qk_norm=true", "model.init_std=0.05",
+    return compose([f"model={args.model}", *given, "model.qk_norm=head", "model.init_std=0.05",
                     f"run.dtype={args.dtype}"])
 
 

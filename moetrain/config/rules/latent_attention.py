@@ -8,7 +8,8 @@ from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
 # Options of plain attention that latents do not hold, with the values that are as if there were none.
-_NOT_HELD: dict[str, Any] = {"qk_norm": False, "partial_rotary_factor": 1.0}
+_NOT_HELD: dict[str, Any] = {"qk_norm": "none", "clip_qkv": None, "attention_sinks": False,
+                             "sliding_window": None, "partial_rotary_factor": 1.0}
 
 
 def latent_attention(config: Config, ranks: int) -> Iterator[ConfigError]:

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 from moetrain.config.architecture import attention_top_k, num_attention_experts
 from moetrain.config.build import NoSuchPart, arguments, constant_weights, declared
 from moetrain.config.layer_pattern import is_sparse, parse_pattern, per_layer, sparse_layers
+from moetrain.config.rules.attention import PLAIN_ATTENTION
 from moetrain.config.rules.wording import choose, divisors
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.config.sizes import ids_of
@@ -54,10 +55,12 @@ def attention_experts(config: Config, ranks: int) -> Iterator[ConfigError]:
                            where=f"model.attention, {where}", why=why,
                            next=f"{instead}; or model.attention=plain")
 
-    if model.qk_norm:
-        yield refused("with model.qk_norm=true", "model.qk_norm",
-                      "queries and keys are those of experts, which have no norms",
-                      "model.qk_norm=false")
+    for name, default in PLAIN_ATTENTION.items():
+        value = getattr(model, name)
+        if value != default:
+            yield refused(f"with model.{name}={show(value)}", f"model.{name}",
+                          "queries and keys are those of experts, which have none of the options of plain "
+                          "attention", f"model.{name}={show(default)}")
     if sliced and model.num_kv_heads != model.num_heads:
         yield refused(f"with model.num_kv_heads={model.num_kv_heads}", "model.num_kv_heads, model.num_heads",
                       "a slice is one head, with keys and values of its own",

@@ -17,7 +17,13 @@ Router, experts and shared experts differ. `LayerNames` says how a family, or a 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moetrain.config.layer_pattern import dense_width, per_layer, shared_width
+from moetrain.config.layer_pattern import (
+    dense_width,
+    is_sparse,
+    per_layer,
+    shared_width,
+    sparse_layers,
+)
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.interop.huggingface.semantics import CLAMPED_SWIGLU, SIGMOID, TOPK, head_width
 from moetrain.interop.huggingface.tensor_map import (
@@ -122,8 +128,26 @@ def swiglu_experts(path: str) -> PerExpert:
     return PerExpert(*(f"{path}.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")))
 
 
-def layer_maps(config: Config, layer: int, names: LayerNames, *, ours: str, theirs: str,
-               sparse: bool) -> list[TensorMap]:
+def module_maps(config: Config, names: LayerNames, *, ours: str, theirs: str) -> list[TensorMap]:
+    """Map a module of multi-token prediction: a layer with a way in and a norm of its own.
+
+    Its copies of embedding and head are mapped with these.
+
+    Args:
+        config: the config of the model.
+        names: of the parts of a layer with experts.
+        ours: beginning of the names here, `model.mtp.0.`.
+        theirs: beginning of the names there, those of a layer behind the last.
+    """
+    own = [renamed(f"{ours}{mine}.{part}", f"{theirs}{other}.{part}")
+           for mine, other in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm"))
+           for part in norm_parts(config.model)]
+    return [*own, renamed(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight"),
+            *layer_maps(config, sparse_layers(config.model)[-1], names, ours=ours, theirs=theirs)]
+
+
+def layer_maps(config: Config, layer: int, names: LayerNames, *, ours: str,
+               theirs: str) -> list[TensorMap]:
     """Map the tensors of a layer.
 
     Args:
@@ -132,14 +156,13 @@ def layer_maps(config: Config, layer: int, names: LayerNames, *, ours: str, thei
         names: of the parts of a layer with experts.
         ours: beginning of the names here, `model.layers.0.`.
         theirs: beginning of the names there.
-        sparse: whether it has experts.
     """
     sizes = config.model
     found = [renamed(f"{ours}{mine}.{part}", f"{theirs}{other}.{part}")
              for mine, other in (("attention_norm", "input_layernorm"),
                                  ("ffn_norm", "post_attention_layernorm")) for part in norm_parts(sizes)]
     found += _attention_maps(sizes, f"{ours}attention.", f"{theirs}self_attn.")
-    if not sparse:
+    if not is_sparse(sizes, layer):
         return found + _network(f"{ours}ffn", f"{theirs}mlp", dense_width(sizes, layer))
     found.append(renamed(f"{ours}moe.router.weight", theirs + names.router))
     if names.router_bias is not None:

@@ -15,7 +15,13 @@ from dataclasses import fields
 from typing import Any
 
 from moetrain.config.build import NoSuchPart, arguments
-from moetrain.config.layer_pattern import dense_width, per_layer, shared_width, sparse_layers
+from moetrain.config.layer_pattern import (
+    dense_width,
+    per_layer,
+    shared_width,
+    sliding_layers,
+    sparse_layers,
+)
 from moetrain.config.schema import Config, ModelConfig
 
 TOPK = "moetrain.routers.topk.TopKRouter"
@@ -75,10 +81,7 @@ def _of_model(sizes: ModelConfig) -> dict[str, Any]:
         del values[name]
     if values["attention"] == "mla":
         values = {name: value for name, value in values.items() if name not in _NOT_OF_MLA}
-    if "qk_norm" in values:
-        values["qk_norm"] = {False: "none", True: "head"}.get(values["qk_norm"], values["qk_norm"])
-    if "sliding_window" in values:
-        values["sliding_layers"] = sliding_layers(sizes)
+    values["sliding_layers"] = list(sliding_layers(sizes))
     if "rope_scaling" in values:
         values["rope_scaling"] = _scaling(values["rope_scaling"])
     if values.get("attention_multiplier", 0) is None:
@@ -95,16 +98,6 @@ def key_width(sizes: Any) -> int:
     """Width of the queries and keys of a head."""
     mla = sizes.attention == "mla"
     return sizes.qk_nope_head_dim + sizes.qk_rope_head_dim if mla else head_width(sizes)
-
-
-def sliding_layers(sizes: Any) -> list[int]:
-    """Layers whose attention has a window; none without `model.sliding_window`."""
-    if sizes.sliding_window is None:
-        return []
-    if sizes.sliding_layers is None:
-        return list(range(sizes.num_layers))
-    like = ModelConfig(num_layers=sizes.num_layers, moe_layers=sizes.sliding_layers)
-    return list(sparse_layers(like))
 
 
 def _of_router(config: Config) -> dict[str, Any]:

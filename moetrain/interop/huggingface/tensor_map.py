@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain.errors import CheckpointError
+
 Tensors = tuple[Tensor, ...]
 Convert = Callable[[Tensors], Tensors]
 Shape = tuple[int, ...]
@@ -102,8 +104,16 @@ def expert_maps(ours: Mapping[str, str], gate: str, up: str, down: str, expert_d
 
 
 def copied(ours: str, theirs: Sequence[str]) -> TensorMap:
-    """Map a tensor that is stored there several times; the first is read."""
-    return TensorMap((ours,), tuple(theirs), _first, partial(_repeated, times=len(theirs)))
+    """Map a tensor that is stored there once or several times, equal each time.
+
+    Args:
+        ours: name here.
+        theirs: names there.
+    """
+    if len(theirs) == 1:
+        return renamed(ours, theirs[0])
+    return TensorMap((ours,), tuple(theirs), partial(_first, names=tuple(theirs)),
+                     partial(_repeated, times=len(theirs)))
 
 
 def _as_it_is(tensors: Tensors) -> Tensors:
@@ -119,7 +129,14 @@ def _divided(tensors: Tensors, rows: tuple[int, ...]) -> Tensors:
     return tensor.split(rows)
 
 
-def _first(tensors: Tensors) -> Tensors:
+def _first(tensors: Tensors, names: tuple[str, ...]) -> Tensors:
+    for name, tensor in zip(names[1:], tensors[1:]):
+        if not tensor.is_meta and not torch.equal(tensor, tensors[0]):
+            raise CheckpointError(
+                38, f"{name} differs from {names[0]}", where=name,
+                why="they are one tensor here: a module of multi-token prediction uses the embedding and "
+                    "the head of the model", next="import without model.mtp_layers: the module is then kept "
+                                                  "as it is")
     return tensors[:1]
 
 

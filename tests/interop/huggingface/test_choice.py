@@ -14,8 +14,8 @@ def config(*words: str) -> Config:
 
 def test_the_family_that_holds_the_model_is_found() -> None:
     assert choose_family(config()).model_type == "mixtral"
-    assert choose_family(config("model.qk_norm=true")).model_type == "qwen3_moe"
-    assert choose_family(config("model.qk_norm=true"), asked="qwen3_moe").model_type == "qwen3_moe"
+    assert choose_family(config("model.qk_norm=head")).model_type == "qwen3_moe"
+    assert choose_family(config("model.qk_norm=head"), asked="qwen3_moe").model_type == "qwen3_moe"
 
 
 def test_the_family_of_the_import_comes_first() -> None:
@@ -29,7 +29,7 @@ def test_every_option_in_the_way_is_named() -> None:
     assert found.value.id == "E-CONFIG-316" and "capacity" in found.value.where
     assert "router._target_" in found.value.where and "dropless" in found.value.why
     with pytest.raises(ConfigError) as found:
-        choose_family(config("model.qk_norm=true"), asked="mixtral")
+        choose_family(config("model.qk_norm=head"), asked="mixtral")
     assert "qk_norm" in found.value.where and "mixtral" in found.value.what
 
 

@@ -16,7 +16,7 @@ from tests.support.training import Trained, alone, difference, make_run, train_s
 
 MUON = ["optim=muon", "optim.muon_lr=0.02", "optim.lr=0.01", "optim.warmup=2"]
 ALL_LAYERS = [*MUON, "model.num_layers=3", "model.first_dense_layers=1", "model.num_shared_experts=1",
-              "model.expert_dim=12", "model.qk_norm=true"]
+              "model.expert_dim=12", "model.qk_norm=head"]
 
 
 def hidden_parts(run: Run) -> dict[str, Tensor]:

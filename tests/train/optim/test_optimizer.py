@@ -83,7 +83,7 @@ def test_a_run_that_stops_before_its_decay_and_goes_on_with_more_steps_is_the_lo
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    run = make_run(["model.num_shared_experts=1", "model.qk_norm=true", "optim.weight_decay=0.3",
+    run = make_run(["model.num_shared_experts=1", "model.qk_norm=head", "optim.weight_decay=0.3",
                     "optim.router_lr_scale=0.5", "optim.expert_lr_scale=2"])
     names = {id(parameter): name for name, parameter in run.state.model.named_parameters()}
     groups = {group["name"]: group for group in run.state.optimizer.param_groups}

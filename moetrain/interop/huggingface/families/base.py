@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from moetrain.config.layer_pattern import dense_width, is_sparse
+from moetrain.config.layer_pattern import dense_width
 from moetrain.config.schema import SWIGLU, Config, ModelConfig
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.interop.huggingface.config_rules import Choice, Fixed, Implied, Repeated, Rule, Same, unread
-from moetrain.interop.huggingface.layer_names import LayerNames, layer_maps, norm_parts
+from moetrain.interop.huggingface.layer_names import LayerNames, layer_maps, module_maps, norm_parts
 from moetrain.interop.huggingface.semantics import of_training, semantics
-from moetrain.interop.huggingface.tensor_map import Shape, TensorMap, renamed
+from moetrain.interop.huggingface.tensor_map import Shape, TensorMap, copied, renamed
 
 _CAPACITY = "moetrain.moe.capacity.CapacityPolicy"           # the one that drops nothing
 # Keys of a config.json that are no family's own: what made the file, and which ids have a meaning.
@@ -133,8 +133,6 @@ class Family:
             section, _, name = key.partition(".")
             sections[section][name] = value
         defaults = {field.name: getattr(ModelConfig(), field.name) for field in fields(ModelConfig)}
-        if isinstance(defaults["qk_norm"], bool) and "qk_norm" in sections["model"]:
-            sections["model"]["qk_norm"] = sections["model"]["qk_norm"] != "none"
         neutral = (None, False, 0, 1.0, "none", "rms")
         sections["model"] = {name: value for name, value in sections["model"].items()
                              if (value != defaults[name] if name in defaults else value not in neutral)}
@@ -229,13 +227,17 @@ class Family:
         """
         sizes = config.model
         names = self.spellings[spelling or next(iter(self.spellings))]
-        yield [renamed("model.embed", "model.embed_tokens.weight")]
+        further = [f"model.layers.{sizes.num_layers + module}." for module in range(_mtp_layers(sizes))]
+        yield [copied("model.embed", [f"{path}embed_tokens.weight" for path in ("model.", *further)])]
         for layer in range(sizes.num_layers):
             yield layer_maps(config, layer, names, ours=f"model.layers.{layer}.",
-                             theirs=f"model.layers.{layer}.", sparse=is_sparse(sizes, layer))
+                             theirs=f"model.layers.{layer}.")
+        for module, theirs in enumerate(further):
+            yield module_maps(config, names, ours=f"model.mtp.{module}.", theirs=theirs)
         last = [renamed(f"model.norm.{part}", f"model.norm.{part}") for part in norm_parts(sizes)]
         if not sizes.tie_embeddings:
-            last.append(renamed("model.head", "lm_head.weight"))
+            last.append(copied("model.head", ["lm_head.weight", *(f"{path}shared_head.head.weight"
+                                                                  for path in further)]))
         if getattr(sizes, "head_bias", False):
             last.append(renamed("model.head_bias", "lm_head.bias"))
         yield last
