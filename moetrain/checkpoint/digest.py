@@ -8,6 +8,7 @@ accident; it is no protection against somebody who alters them so that the CRCs 
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from moetrain.checkpoint.records import Manifest, TensorEntry, row_bytes
@@ -18,11 +19,24 @@ WEIGHTS = ("model.", "buffer.")
 
 def weights_digest(manifest: Manifest, prefixes: tuple[str, ...] = WEIGHTS) -> str:
     """Return the digest of the tensors whose names begin so, as 64 hexadecimal digits."""
+    def records() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+        for name in sorted(name for name in manifest.names() if name.startswith(prefixes)):
+            entry = manifest.entry(name)
+            assert entry is not None, name
+            yield name, entry.dtype, entry.shape, tensor_crc(entry, manifest.block)
+
+    return named_digest(records())
+
+
+def named_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> str:
+    """Return the digest of tensors, as 64 hexadecimal digits.
+
+    Args:
+        tensors: name, dtype, shape and CRC-32 of each, ordered by name.
+    """
     found = hashlib.sha256()
-    for name in sorted(name for name in manifest.names() if name.startswith(prefixes)):
-        entry = manifest.entry(name)
-        assert entry is not None, name
-        found.update(json.dumps([name, entry.dtype, entry.shape, tensor_crc(entry, manifest.block)]).encode())
+    for tensor in tensors:
+        found.update(json.dumps(tensor).encode())
     return found.hexdigest()
 
 

@@ -7,13 +7,15 @@ Evaluation, generation, inspect and `init.from` work on it at once. Training can
 is no optimizer; `init.from` begins from it. A transform that makes moments of an optimizer, too, hands over a
 `Training`: the checkpoint then has a step, and training goes on there.
 
-No more than one tensor and a buffer of BUFFER bytes are in memory. The directory is complete when `write_run`
-returns, and a failure leaves no checkpoint behind.
+No more than one tensor and a buffer, of an eighth of the largest layer, are in memory. The directory is
+complete when `write_run` returns, and a failure leaves no checkpoint behind.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from moetrain.checkpoint.commit import commit, write_rank
 from moetrain.checkpoint.compare import TensorKind, differences
 from moetrain.checkpoint.manifest import checkpoints_of
 from moetrain.checkpoint.payload import TensorRows
-from moetrain.checkpoint.records import row_count
+from moetrain.checkpoint.records import ITEM_BYTES, row_count
 from moetrain.checkpoint.tensor_names import NAMING
 from moetrain.config.compose import to_yaml
 from moetrain.config.recorded_paths import with_absolute_paths
@@ -40,7 +42,9 @@ from moetrain.runs.files import as_disk_error, replace_atomically
 from moetrain.runs.lock import RunLock
 from moetrain.transform.reader import WeightsReader
 
-BUFFER = 256 << 20  # bytes of tensors that are collected before they are written
+# Bytes of tensors that are collected before they are written: of a layer a small part, so that it makes no
+# difference to the memory that a layer needs, and enough for few files and long writes.
+_LEAST, _MOST, _PART = 8 << 20, 256 << 20, 8
 
 
 class Training(NamedTuple):
@@ -125,8 +129,8 @@ def _origin(source: WeightsReader | None) -> dict[str, Any]:
 def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
                       tensors: Iterable[tuple[str, Tensor]], training: Training,
                       facts: dict[str, Any]) -> Path:
-    """Stream tensors into payload files of BUFFER bytes each, and commit them as a checkpoint."""
-    step = training.step
+    """Stream tensors into payload files, and commit them as a checkpoint."""
+    step, buffer = training.step, _buffer(expected)
     final = directory.absolute() / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-1")
     disk.remove_tree(temporary)
@@ -142,7 +146,7 @@ def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
                 continue                                   # named at the end, with all others
             items.append(_item(name, tensor, kind))
             size += len(items[-1].content)
-            if size >= BUFFER:
+            if size >= buffer:
                 write_rank(temporary, parts, items, step)
                 parts, items, size = parts + 1, [], 0
         if differ := differences(expected, found):
@@ -155,6 +159,14 @@ def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
             disk.remove_tree(temporary)
         raise
     return final
+
+
+def _buffer(expected: dict[str, TensorKind]) -> int:
+    """Bytes that are collected: an eighth of the largest layer."""
+    layers = Counter[str]()
+    for name, kind in expected.items():
+        layers[".".join(name.split(".")[:3])] += ITEM_BYTES[kind.dtype] * prod(kind.shape)
+    return min(max(max(layers.values()) // _PART, _LEAST), _MOST)
 
 
 def _kind(tensor: Tensor) -> TensorKind:

@@ -128,7 +128,7 @@ def test_a_directory_with_a_run_is_refused() -> None:
 
 def test_no_more_than_a_buffer_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small buffers become several files; a tensor larger than a buffer is a file of its own."""
-    monkeypatch.setattr(writer, "BUFFER", 20_000)
+    monkeypatch.setattr(writer, "_MOST", 20_000)
     created: list[str] = []
     with disk.observed(lambda when, what, path, count: created.append(path.name)
                        if (when, what) == ("after", "create") else None):

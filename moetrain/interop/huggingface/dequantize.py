@@ -88,11 +88,18 @@ def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
     Returns:
         float32 [E, 32 G, R].
     """
-    table = torch.tensor(FP4)
-    pairs = torch.stack([blocks & 15, blocks >> 4], -1)      # the lower half is the first number
-    numbers = table[pairs.int()].flatten(-2)
-    scaled = torch.ldexp(numbers, scales.int()[..., None] - 127)
-    return scaled.flatten(-2).transpose(-1, -2)
+    experts, rows, groups, _ = blocks.shape
+    values = torch.empty(experts, 32 * groups, rows)
+    for expert, numbers in enumerate(values):                 # one by one, so that no more is in memory
+        numbers.copy_(_mxfp4_rows(blocks[expert], scales[expert]).T)
+    return values
+
+
+def _mxfp4_rows(blocks_RG: Tensor, scales_RG: Tensor) -> Tensor:
+    """Compute the rows of one expert, float32 [R, 32 G]; arguments without their dim E."""
+    pairs = torch.stack([blocks_RG & 15, blocks_RG >> 4], -1)      # the lower half is the first number
+    numbers = torch.tensor(FP4)[pairs.int()].flatten(-2)
+    return torch.ldexp(numbers, scales_RG.int()[..., None] - 127).flatten(-2)
 
 
 def find_quantized(directory: Path, config: Mapping[str, Any],

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from moetrain.checkpoint.records import ITEM_BYTES
 from moetrain.errors import CheckpointError
 from moetrain.interop.huggingface.families.base import Family
 from moetrain.interop.huggingface.folder import HuggingFaceFolder
 from moetrain.interop.huggingface.folder_writer import FolderWriter, Kind
 from moetrain.parallel.state_shards import DTYPE_NAMES
+from moetrain.transform.frame import Rule, write_record
 from moetrain.transform.reader import WeightsReader
 
 
@@ -39,7 +41,7 @@ def export_weights(reader: WeightsReader, family: Family, writer: FolderWriter, 
                    dtype: torch.dtype | None = None, dtypes: Mapping[str, str] = {},
                    spelling: str | None = None, preserved: HuggingFaceFolder | None = None,
                    advance: Callable[[int], None] = lambda count: None) -> ExportAccount:
-    """Write all shards and their index.
+    """Write all shards and their index, and how they were made (transform.json).
 
     Args:
         reader: the checkpoint.
@@ -83,6 +85,11 @@ def export_weights(reader: WeightsReader, family: Family, writer: FolderWriter, 
         for name in preserved.raw_names:
             writer.add(name, preserved.raw(name))
     writer.end_shards()
+    exact = all(ITEM_BYTES[planned[name][0]] >= ITEM_BYTES[_dtype_of(reader, group.ours[0])]
+                for group in maps for name in group.theirs)
+    rule = Rule("export", {"family": family.model_type, "spelling": spelling},
+                expected="exact" if exact else "approximate")
+    write_record(writer.folder, rule.record([reader], None, None))
     return ExportAccount(list(reader.names), written, [] if preserved is None else list(preserved.raw_names))
 
 

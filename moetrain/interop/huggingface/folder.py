@@ -145,11 +145,7 @@ class HuggingFaceFolder:
             raise damaged(self.directory / INDEX, "weight_map is no list of tensors with their files")
         found: dict[str, ShardFile] = {}
         for file in dict.fromkeys(home.values()):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    26, f"the index names the file {file}", where=str(self.directory / INDEX),
-                    why="its files are safetensors that lie beside it", next="fetch the index again")
-            shard = self._shards[file] = ShardFile(self.directory / file)
+            shard = self._shards[file] = self._open_shard(file)
             for name in shard.tensors:
                 if name in found:
                     raise damaged(shard.path, f"{name} is in {found[name].path.name}, too")
@@ -163,9 +159,13 @@ class HuggingFaceFolder:
                           + (f"; and {len(lacking) - 1} more" if len(lacking) > 1 else ""))
         return found
 
+    def _open_shard(self, file: str) -> ShardFile:
+        _refuse_outside(self.directory, file)
+        return ShardFile(self.directory / file)
+
     def _open_single(self) -> dict[str, ShardFile]:
         if (self.directory / SINGLE).exists():
-            shard = self._shards[SINGLE] = ShardFile(self.directory / SINGLE)
+            shard = self._shards[SINGLE] = self._open_shard(SINGLE)
             return dict.fromkeys(shard.tensors, shard)
         if shards := sorted(self.directory.glob("*.safetensors")):
             raise CheckpointError(
@@ -183,11 +183,30 @@ class HuggingFaceFolder:
             why=f"neither {SINGLE} nor {INDEX} is there", next="the folder that holds *.safetensors, too")
 
 
+def _refuse_outside(directory: Path, file: str) -> None:
+    """Raise CheckpointError where a name, or a link, leads out of the folder.
+
+    A snapshot of Hugging Face's cache links to files beside it: snapshots/<commit>/x to blobs/<digest>.
+    """
+    home = directory.resolve()
+    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
+    try:
+        place: Path | str = (home / file).resolve()
+        inside = any((home / file).resolve().is_relative_to(own) for own in homes)
+    except (OSError, RuntimeError, ValueError) as error:           # links in a circle, or no name of a file
+        place, inside = str(error), False
+    if not inside:
+        raise CheckpointError(
+            26, f"{file} lies outside the folder", where=str(directory), why=f"it is {place}",
+            next="a folder whose index names files that lie beside it; links to a cache's blobs are followed")
+
+
 def _object(directory: Path, file: str) -> dict[str, Any] | None:
     """Read a JSON object of the folder; None where there is no such file."""
     path = directory / file
     if not path.exists() and not path.is_symlink():
         return None
+    _refuse_outside(directory, file)
     try:
         found = parse_json(read_bytes(path, limit=_LARGEST[file]))
     except (OSError, ValueError) as error:

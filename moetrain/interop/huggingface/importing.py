@@ -9,6 +9,7 @@ tensor of the model comes from the folder; and shapes agree. Otherwise nothing i
 group of tensors that are converted together: an expert, or a layer's experts where they are one tensor.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.checkpoint import disk
+from moetrain.checkpoint.digest import named_digest
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError
 from moetrain.interop.huggingface.families.base import Family
@@ -24,10 +25,12 @@ from moetrain.interop.huggingface.folder import HuggingFaceFolder
 from moetrain.interop.huggingface.folder_writer import FolderWriter
 from moetrain.interop.huggingface.tensor_map import TensorMap
 from moetrain.model.build import weights_on_meta
-from moetrain.transform.writer import write_run
+from moetrain.transform.destination import refuse_existing
+from moetrain.transform.frame import Rule, transform
 
 # Folder of a run with the tensors that have no counterpart, as they were.
 PRESERVED = Path("huggingface") / "preserved"
+_ROWS = 4096               # of two tensors that are compared, at a time
 
 
 class ImportAccount(NamedTuple):
@@ -86,43 +89,83 @@ def account_for(folder: HuggingFaceFolder, family: Family, config: Config) -> Im
 
 def import_folder(folder: HuggingFaceFolder, out: str | Path, *, family: Family, config: Config,
                   facts: Mapping[str, Any] | None = None,
+                  files: Callable[[Path], None] = lambda unfinished: None,
                   advance: Callable[[int], None] = lambda count: None) -> Path:
-    """Write the tensors of a folder as a run that training has not begun.
+    """Write the tensors of a folder as a run that training has not begun, whole or not at all.
 
     Args:
         folder: the folder.
-        out: directory of the run, which must hold none.
+        out: directory of the run; nothing is there yet.
         family: its family.
         config: config of the run, with `model.vocab_size`.
         facts: of the manifest.
+        files: writes what else belongs to the run, before it is at its place.
         advance: is told the bytes that were read.
 
     Returns:
-        Directory of the checkpoint. Errors as of `account_for` and `write_run`.
+        Directory of the checkpoint. Errors as of `account_for` and `transform`.
     """
+    refuse_existing(Path(out).absolute(), str(out))
     account = account_for(folder, family, config)
     for name, of in account.duplicates.items():
-        if not torch.equal(folder[name], folder[of]):
-            raise CheckpointError(
-                38, f"{name} differs from {of}", where=str(folder.directory),
-                why="config.json says that they are one matrix (tie_word_embeddings)",
-                next="tie_word_embeddings: false in config.json, if the model has two")
-    preserved = Path(out) / PRESERVED
-    try:
-        _keep(folder, account.preserved, preserved)
-        return write_run(out, config, _converted(folder, account.maps, advance),
-                         vocab_size=_vocabulary(config), facts=dict(facts or {}))
-    except BaseException:
-        disk.remove_tree(preserved)
-        raise
+        _refuse_difference(folder, name, of)
+    source = _ReadOnce(folder)
+
+    def others(unfinished: Path) -> None:
+        _keep(folder, account.preserved, unfinished / PRESERVED)
+        files(unfinished)
+
+    rule = Rule("import", {"family": family.model_type}, expected="exact")
+    return transform(out, rule, [source], config, _converted(source, account.maps, advance),
+                     vocab_size=_vocabulary(config), facts=facts, files=others).checkpoint
 
 
-def _converted(folder: HuggingFaceFolder, maps: list[TensorMap],
+class _ReadOnce:
+    """A folder whose tensors are read one by one, with the digest of what was read.
+
+    The digest is that of checkpoint/digest.py: names, dtypes, shapes, and a CRC-32 of each tensor.
+    """
+
+    def __init__(self, folder: HuggingFaceFolder) -> None:
+        self.folder, self.directory = folder, folder.directory
+        self._read: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.folder[name]
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        self._read[name] = zlib.crc32(memoryview(values))
+        return tensor
+
+    @property
+    def digest(self) -> str:
+        """Digest of the tensors that were read, as 64 hexadecimal digits."""
+        return named_digest((name, self.folder.dtype(name), self.folder.shape(name), crc)
+                            for name, crc in sorted(self._read.items()))
+
+
+def _converted(source: _ReadOnce, maps: list[TensorMap],
                advance: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
     for group in maps:
-        theirs = tuple(folder[name] for name in group.theirs)
-        yield from zip(group.ours, group.to_ours(theirs), strict=True)
-        advance(sum(tensor.nbytes for tensor in theirs))
+        theirs = tuple(source[name] for name in group.theirs)
+        size = sum(tensor.nbytes for tensor in theirs)
+        ours = group.to_ours(theirs)
+        del theirs
+        yield from zip(group.ours, ours, strict=True)
+        advance(size)
+
+
+def _refuse_difference(folder: HuggingFaceFolder, name: str, of: str) -> None:
+    """Raise CheckpointError where a tensor is not the one that it should repeat."""
+    shape = folder.shape(name)
+    if shape == folder.shape(of) and all(
+            torch.equal(folder.rows(name, first, min(_ROWS, shape[0] - first)),
+                        folder.rows(of, first, min(_ROWS, shape[0] - first)))
+            for first in range(0, shape[0], _ROWS)):
+        return
+    raise CheckpointError(
+        38, f"{name} differs from {of}", where=str(folder.directory),
+        why="config.json says that they are one matrix (tie_word_embeddings)",
+        next="tie_word_embeddings: false in config.json, if the model has two")
 
 
 def _keep(folder: HuggingFaceFolder, names: list[str], out: Path) -> None:

@@ -58,13 +58,24 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "out" / SINGLE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_links_into_a_cache_are_followed(tmp_path):
-    """So folders of Hugging Face's hub look: snapshots/<commit>/*.safetensors are links to blobs."""
-    folder = written(tmp_path / "out")
-    (folder / SINGLE).rename(tmp_path / "blob")
-    (folder / SINGLE).symlink_to(tmp_path / "blob")
+def test_links_into_a_cache_are_followed_and_no_others(tmp_path):
+    """So folders of Hugging Face's cache look: snapshots/<commit>/*.safetensors are links to blobs."""
+    folder = written(tmp_path / "model" / "snapshots" / "0a1b")
+    (tmp_path / "model" / "blobs").mkdir()
+    for file in (SINGLE, "config.json"):
+        (folder / file).rename(tmp_path / "model" / "blobs" / file)
+        (folder / file).symlink_to(Path("../../blobs") / file)
     with open_folder(folder) as ours:
         assert torch.equal(ours["a"], TENSORS["a"])
+    for file in (SINGLE, "config.json"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+        (folder / file).unlink()
+        (folder / file).symlink_to(tmp_path / file)
+        with pytest.raises(CheckpointError) as error:
+            open_folder(folder)
+        assert error.value.id == "E-CHECKPOINT-026" and str(tmp_path / file) in error.value.why
+        (folder / file).unlink()
+        shutil.copy(tmp_path / file, folder / file)
 
 
 def header_of(path: Path) -> tuple[dict, bytes]:
@@ -171,8 +182,9 @@ def foreign(folder):
 
 
 INDEX_DAMAGE = {
-    "outside": (foreign, "names the file ../other.safetensors"),
-    "absolute": (lambda folder: moved(folder, "/etc/passwd"), "names the file /etc/passwd"),
+    "outside": (foreign, "../other.safetensors lies outside"),
+    "absolute": (lambda folder: moved(folder, "/etc/passwd"), "/etc/passwd lies outside"),
+    "no name of a file": (lambda folder: moved(folder, "a\0b"), "lies outside"),
     "no such shard": (lambda folder: moved(folder, "none.safetensors"), "cannot be opened"),
     "a tensor in no shard": (lost, "z is not in it"),
     "a tensor in two shards": (twice, "a"),

@@ -65,6 +65,11 @@ def test_import_then_export_gives_the_same_bits(tmp_path, mixtral):
             assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name].float()), name
     with HuggingFaceFolder(run / PRESERVED, {}) as preserved:
         found = exported(run, tmp_path / "back", preserved)
+    there, back = (json.loads((path / "transform.json").read_text()) for path in (run, tmp_path / "back"))
+    assert there["rule"] == {"name": "import", "family": "mixtral"} and there["expected"] == "exact"
+    assert there["sources"][0]["path"] == str(folder) and back["expected"] == "approximate"
+    with open_weights(run) as reader:
+        assert back["sources"][0]["digest"] == reader.digest
     before = mixtral.tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": inverse}
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], before[name]) and found[name].dtype == before[name].dtype
