@@ -284,6 +284,7 @@ class Rotary:
         theirs: dict[str, Any] = {"rope_theta": ours["model.rope_theta"], "rope_scaling": None}
         if scaling:
             kind = scaling.pop("type", "default")
+            scaling = {name: value for name, value in scaling.items() if value is not None}
             theirs["rope_scaling"] = {"rope_type": kind, "type": kind, **scaling}
         if self.partial is not None:
             theirs["partial_rotary_factor"] = ours.get("model.partial_rotary_factor", 1.0)
@@ -358,6 +359,8 @@ class Window:
         width = theirs.get("sliding_window", self.default)
         if not width or (self.switch and not theirs.get(self.switch)):
             return {}
+        if width >= (theirs.get("max_position_embeddings") or width + 1):
+            return {}                                    # it cuts nothing off (Phi-3.5-MoE)
         if self.layer_types is None:
             return {"model.sliding_window": width}
         listed = theirs.get("layer_types")

@@ -170,19 +170,19 @@ def layer_maps(config: Config, layer: int, names: LayerNames, *, ours: str,
     found += names.experts.maps(ours, theirs, config, layer)
     if names.shared is not None and shared_width(sizes, layer):
         found += _network(f"{ours}moe.shared", theirs + names.shared, shared_width(sizes, layer))
-        if names.shared_gate is not None and getattr(sizes, "shared_gate", False):
+        if names.shared_gate is not None and sizes.shared_gate:
             found.append(renamed(f"{ours}moe.shared.gate.weight", theirs + names.shared_gate))
     return found
 
 
 def norm_parts(sizes: ModelConfig) -> tuple[str, ...]:
     """Parameters of a norm of the residual stream."""
-    return ("weight", "bias") if getattr(sizes, "norm", "rms") == "layer" else ("weight",)
+    return ("weight", "bias") if sizes.norm == "layer" else ("weight",)
 
 
 def _attention_maps(sizes: ModelConfig, ours: str, theirs: str) -> list[TensorMap]:
     """Map the tensors of attention, plain or latent."""
-    bias = getattr(sizes, "attention_bias", "none")
+    bias = sizes.attention_bias
     if sizes.attention == "mla":
         compressed = sizes.q_lora_rank is not None
         used = [name for name in _LATENT if name != "q" and (compressed or not name.startswith("q_"))]
@@ -195,9 +195,9 @@ def _attention_maps(sizes: ModelConfig, ours: str, theirs: str) -> list[TensorMa
              for part in (("weight",) if bias == "none" else ("weight", "bias"))]
     found += [renamed(f"{ours}out.{part}", f"{theirs}o_proj.{part}")
               for part in (("weight", "bias") if bias == "all" else ("weight",))]
-    if sizes.qk_norm not in (False, "none"):
+    if sizes.qk_norm != "none":
         found += [renamed(f"{ours}{name}.weight", f"{theirs}{name}.weight") for name in ("q_norm", "k_norm")]
-    if getattr(sizes, "attention_sinks", False):
+    if sizes.attention_sinks:
         found.append(renamed(f"{ours}sinks", f"{theirs}sinks"))
     return found
 

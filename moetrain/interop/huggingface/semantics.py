@@ -22,6 +22,7 @@ from moetrain.config.layer_pattern import (
     sliding_layers,
     sparse_layers,
 )
+from moetrain.config.rope_scaling import with_defaults
 from moetrain.config.schema import Config, ModelConfig
 
 TOPK = "moetrain.routers.topk.TopKRouter"
@@ -48,8 +49,6 @@ _OF_TRAINING = {
     TOPK: {"jitter_eps", "jitter_scope", "second_expert", "quantile_rate"},
     SIGMOID: {"balance", "quantile_rate", "update_rate", "counts", "center"},
 }
-_ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}}
 
 
 def semantics(config: Config) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def _of_model(sizes: ModelConfig) -> dict[str, Any]:
     if values["attention"] == "mla":
         values = {name: value for name, value in values.items() if name not in _NOT_OF_MLA}
     values["sliding_layers"] = list(sliding_layers(sizes))
-    if "rope_scaling" in values:
-        values["rope_scaling"] = _scaling(values["rope_scaling"])
+    if values["rope_scaling"]:
+        values["rope_scaling"] = with_defaults(values["rope_scaling"])
     if values.get("attention_multiplier", 0) is None:
         values["attention_multiplier"] = key_width(sizes) ** -0.5
     return {f"model.{name}": _plain(value) for name, value in values.items()}
@@ -132,12 +131,6 @@ def _of_part(section: str, node: dict[str, Any]) -> dict[str, Any]:
 def _alike(values: list[int]) -> int | list[int] | None:
     """Reduce a list of equal entries to one; an empty one to None. Others stay."""
     return values if len(set(values)) > 1 else next(iter(values), None)
-
-
-def _scaling(given: Any) -> dict[str, Any]:
-    """Arguments of a rotary scaling with the defaults of its type, null ones left out."""
-    said = {name: value for name, value in given.items() if value is not None}
-    return {**_ROPE_DEFAULTS.get(said.get("type", ""), {}), **said}
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from moetrain.errors import ConfigErrors
 from moetrain.interop.huggingface.families import FAMILIES
 from moetrain.interop.huggingface.semantics import SIGMOID, TOPK
 from tests.support.package_source import ROOT
+from tests.support.published_configs import PUBLISHED
 
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 32, "num_hidden_layers": 2,
@@ -122,3 +123,17 @@ def test_what_acts_in_training_alone_does_not_stand_in_the_way() -> None:
     assert FAMILIES["mixtral"].refusals(config) == []
     jittered = replace(config, router={**config.router, "jitter_scope": "layer"})
     assert FAMILIES["mixtral"].from_config(jittered, 9)["router_jitter_noise"] == 0.1
+
+
+def test_modules_behind_the_last_layer_are_kept_as_they_are() -> None:
+    family, config = FAMILIES["deepseek_v3"], bare({**PUBLISHED["deepseek_v3"], "num_hidden_layers": 4})
+    assert family.preserved("model.layers.4.eh_proj.weight", config)
+    assert family.preserved("model.layers.0.self_attn.rotary_emb.inv_freq", config)
+    assert not family.preserved("model.layers.3.eh_proj.weight", config)
+    assert not FAMILIES["mixtral"].preserved("model.layers.4.eh_proj.weight", config)
+    assert family.refusals(config) == [] and config.model.num_layers == 4
+
+
+def test_a_window_as_wide_as_the_model_reaches_is_none() -> None:
+    assert bare({**MIXTRAL, "sliding_window": 128}).model.sliding_window is None
+    assert bare({**MIXTRAL, "sliding_window": 127}).model.sliding_window == 127

@@ -133,9 +133,8 @@ class Family:
             section, _, name = key.partition(".")
             sections[section][name] = value
         defaults = {field.name: getattr(ModelConfig(), field.name) for field in fields(ModelConfig)}
-        neutral = (None, False, 0, 1.0, "none", "rms")
         sections["model"] = {name: value for name, value in sections["model"].items()
-                             if (value != defaults[name] if name in defaults else value not in neutral)}
+                             if value != defaults[name]}
         return sections
 
     def bare_config(self, theirs: Mapping[str, Any]) -> Config:
@@ -238,7 +237,7 @@ class Family:
         if not sizes.tie_embeddings:
             last.append(copied("model.head", ["lm_head.weight", *(f"{path}shared_head.head.weight"
                                                                   for path in further)]))
-        if getattr(sizes, "head_bias", False):
+        if sizes.head_bias:
             last.append(renamed("model.head_bias", "lm_head.bias"))
         yield last
 
@@ -264,10 +263,11 @@ def _mtp_layers(sizes: Any) -> int:
 
 
 def _positions(config: Config) -> int:
-    """Positions that the model was trained on, as far as the config says it."""
-    scaling = getattr(config.model, "rope_scaling", {})
+    """Positions that the model was trained on, as far as the config says it; more than a window reaches."""
+    scaling: Mapping[str, Any] = config.model.rope_scaling
     first, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    return round(first * factor) if first and factor else config.train.seq_len
+    positions = round(first * factor) if first and factor else config.train.seq_len
+    return max(positions, (config.model.sliding_window or 0) + 1)
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

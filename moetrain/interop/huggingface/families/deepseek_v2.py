@@ -13,7 +13,6 @@ from moetrain.interop.huggingface.config_rules import (
     Implied,
     Rotary,
     Rule,
-    Same,
     SharedExperts,
 )
 from moetrain.interop.huggingface.families.base import Family, latent_attention, sizes_of
@@ -23,7 +22,8 @@ from moetrain.interop.huggingface.router_rules import GroupedSoftmaxRouter
 SIZES: list[Rule] = [
     *sizes_of(experts="n_routed_experts", expert_dim="moe_intermediate_size", dense_dim="intermediate_size"),
     *latent_attention(),
-    Same("rms_norm_eps", "model.norm_eps", default=1e-6, kind=float),
+    Fixed("rms_norm_eps", 1e-6, "the norms of latents have 1e-6 in all published programs, whatever it is",
+          ours={"model.norm_eps": 1e-6}),
 ]
 
 
