@@ -71,7 +71,8 @@ def parse(text: str) -> Bounds:
         raise ValueError(f"{relation!r} is no relation; known are {known}")
     for form, ends in _FORMS:
         if found := form.fullmatch(phrase):
-            bounds = Bounds(phrase, *ends(*map(float, found.groups())), divides=divided[1] if divided else "")
+            low, high, closed_low, closed_high = ends(*map(float, found.groups()))
+            bounds = Bounds(phrase, low, high, closed_low, closed_high, divided[1] if divided else "")
             point = bounds.closed_low and bounds.closed_high
             if bounds.low > bounds.high or bounds.low == bounds.high and not point:
                 raise ValueError(f"no number is {phrase}")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal, NamedTuple, get_args
 
 import moetrain
@@ -145,10 +146,10 @@ def declared(target: str, family: str, name: str) -> Any:
     Raises NoSuchPart with the reason, and ConfigError for what is no literal.
     """
     for path, cls in _part(target, family).items():
-        found = next((node for node in cls.body if _assigns(node, name)), None)
+        found = _assigned(cls.body, name)
         if found is not None:
             try:
-                return ast.literal_eval(found.value)
+                return ast.literal_eval(found)
             except ValueError as error:
                 module, _, owner = path.rpartition(".")
                 raise ConfigError(
@@ -193,7 +194,7 @@ def _part(target: str, family: str) -> dict[str, ast.ClassDef | ast.FunctionDef]
         raise NoSuchPart(f"{target} is no {family}: those descend from {base}")
     own = [node for path, cls in definitions.items() if path != base for node in cls.body]
     for need in needs:
-        if not any(getattr(node, "name", None) == need or _assigns(node, need) for node in own):
+        if not any(getattr(node, "name", None) == need for node in own) and _assigned(own, need) is None:
             raise NoSuchPart(f"{target} does not define {need}, as every {family} does")
     return definitions
 
@@ -213,7 +214,9 @@ def _ancestry(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | ast.
     Bases outside of moetrain and the allowed packages are left out.
     """
     tree = _source(module)
-    for statement in tree.body if tree else ():
+    if tree is None:
+        return
+    for statement in tree.body:
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef)) and statement.name == name:
             yield f"{module}.{name}", statement
             for base in getattr(statement, "bases", ()):
@@ -238,11 +241,11 @@ def _bounds(path: str, cls: ast.ClassDef | ast.FunctionDef, accepted: dict[str, 
     Raises ConfigError unless every entry is a phrase of config/bounds.py for a numeric argument of the
     constructor.
     """
-    declared = next((node for node in cls.body if _assigns(node, "BOUNDS")), None)
+    declared = _assigned(cls.body, "BOUNDS")
     if declared is None:
         return {}
     try:
-        bounds = ast.literal_eval(declared.value)
+        bounds = ast.literal_eval(declared)
         for name, text in bounds.items():
             if name not in accepted:
                 raise ValueError(f"the constructor has no argument {name!r}")
@@ -263,11 +266,15 @@ def _bounds(path: str, cls: ast.ClassDef | ast.FunctionDef, accepted: dict[str, 
     return bounds
 
 
-def _assigns(node: ast.stmt, name: str) -> bool:
-    """Check whether a statement assigns to a name, with or without an annotation."""
-    annotated = isinstance(node, ast.AnnAssign) and node.value is not None
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if annotated else []
-    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+def _assigned(statements: Iterable[ast.AST], name: str) -> ast.expr | None:
+    """Return what statements assign to a name first, with or without an annotation."""
+    for node in statements:
+        targets = (node.targets if isinstance(node, ast.Assign) else
+                   [node.target] if isinstance(node, ast.AnnAssign) else [])
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and any(
+                isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value
+    return None
 
 
 def _is_number(kind: Any) -> bool:
@@ -371,7 +378,7 @@ def _type(annotation: ast.expr | None) -> Any:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
             return Literal[ast.literal_eval(choices)]
         case ast.Subscript(value=ast.Name(id="list"), slice=entry):
-            return list[_type(entry)]
+            return GenericAlias(list, (_type(entry),))
     return Any
 
 

@@ -351,7 +351,9 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             composed = hydra_compose("config", list(arguments), return_hydra_config=True)
-        return OmegaConf.to_container(composed, resolve=False)
+        container = OmegaConf.to_container(composed, resolve=False)
+        assert isinstance(container, dict)
+        return {str(name): value for name, value in container.items()}
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         broken = broken_files(folder, *option_folders())
         raise ConfigErrors(broken or [ConfigError(18, "the yaml files do not compose", where=str(folder),
@@ -393,5 +395,6 @@ def _same_place(old: str | None, new: str | None) -> bool:
     """
     if old == new:
         return True
-    absolute = bool(old and new) and os.path.isabs(old) and os.path.isabs(new)
-    return absolute and not any(map(os.path.exists, (old, f"{old}.idx")))
+    if not old or not new or not os.path.isabs(old) or not os.path.isabs(new):
+        return False
+    return not any(map(os.path.exists, (old, f"{old}.idx")))

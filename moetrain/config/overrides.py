@@ -120,7 +120,8 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, jobs, texts = OverridesParser.create(), [[]], _text_keys()
+    parser, texts = OverridesParser.create(), _text_keys()
+    jobs: list[list[str]] = [[]]
     for text in overrides:
         choices = [text]
         try:

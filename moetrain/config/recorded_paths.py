@@ -6,6 +6,7 @@ Only config.yaml and the manifests of checkpoints hold them; the screen shows pa
 import os
 import shlex
 from dataclasses import replace
+from typing import Any
 
 from moetrain.config.schema import Config
 from moetrain.config.values import schema_keys
@@ -18,7 +19,7 @@ _SEVERAL = ("data.path", "data.held_out")
 
 def with_absolute_paths(config: Config) -> Config:
     """Make every path below `data.` absolute, without following links."""
-    changed = {}
+    changed: dict[str, Any] = {}  # of fields whose names are known at run time alone
     for path, key in schema_keys().items():
         section, _, name = path.partition(".")
         if section != "data" or not key.is_path:

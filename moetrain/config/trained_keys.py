@@ -110,7 +110,8 @@ def without_starts(config: Config) -> Config:
         node = getattr(found, section)
         default = arguments(str(node["_target_"]), section)[name].default
         if default is not MISSING:
-            found = replace(found, **{section: {**node, name: default}})
+            changed: dict[str, Any] = {section: {**node, name: default}}
+            found = replace(found, **changed)
     return found
 
 

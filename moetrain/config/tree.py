@@ -196,7 +196,7 @@ class _Finisher:
     # --- sections of the schema
 
     def _section(self, section: str, values: Any) -> dict[str, Any]:
-        clean = {}
+        clean: dict[str, Any] = {}
         if not isinstance(values, dict | None):
             inside = ", ".join(path for path in self.keys if path.startswith(f"{section}."))
             has_group = group_of(section) in group_options()
@@ -226,7 +226,7 @@ class _Finisher:
             number = _whole_number(value) if type_name(key.type).startswith("int") else None
             default = [] if key.default is MISSING else [show(key.default)]
             listed = [f"[{show(value)}]"] if key.default == [] and fits_in_list(value, key.type) else []
-            examples = choices or listed or ([number] if number is not None else default)
+            examples = choices or listed or ([str(number)] if number is not None else default)
             kind = f"{'a ' * type_name(key.type).startswith('list')}{type_name(key.type)}"
             what = "is not one of its values" if misfit.choices else f"is not {kind}"
             advised = " or ".join(meant or [f"{path}={example}" for example in examples])
@@ -368,7 +368,7 @@ def _escaped(tree: Any, literal: set[str], prefix: str = "") -> Any:
 
 def _part_keys(tree: Tree) -> dict[str, Key]:
     """List the arguments of the chosen parts by path."""
-    found = {}
+    found: dict[str, Key] = {}
     for path, node in _part_nodes(tree):
         try:
             accepted = arguments(str(node.get("_target_")), path.partition(".")[0])

@@ -52,7 +52,8 @@ def schema_sections() -> dict[str, type]:
     """
     hints = get_type_hints(Config)
     kinds = {field.name: hints[field.name] for field in fields(Config)}
-    return {name: kind if is_dataclass(kind) else dict for name, kind in kinds.items()}
+    return {name: kind if isinstance(kind, type) and is_dataclass(kind) else dict
+            for name, kind in kinds.items()}
 
 
 def key_name(field: str) -> str:

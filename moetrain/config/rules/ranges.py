@@ -44,7 +44,7 @@ def part_keys(config: Config) -> dict[str, Key]:
     sections = ("router", "expert", "capacity", "language_loss", "balance", "planner")
     parts = {section: (section, getattr(config, section)) for section in sections}
     parts |= {f"loss.{name}": ("loss", part) for name, part in config.loss.items()}
-    found = {}
+    found: dict[str, Key] = {}
     for path, (family, part) in parts.items():
         try:
             accepted = arguments(str(part.get("_target_", "")), family)
@@ -57,7 +57,8 @@ def part_keys(config: Config) -> dict[str, Key]:
 def _outside(number: int, key: Key, text: str, value: object) -> list[ConfigError]:
     """List the error of a value, or of a list with an entry, that is outside the bounds `text`."""
     bounds, entries = parse(text), value if isinstance(value, list) else [value]
-    if all(entry is None or isinstance(entry, str) or bounds.hold(entry) for entry in entries):
+    if all(entry is None or isinstance(entry, str) or isinstance(entry, (int, float)) and bounds.hold(entry)
+           for entry in entries):
         return []
     whole = type_name(key.type).startswith("int")
     example = key.default if isinstance(value, list) else bounds.example(key.default, whole)
