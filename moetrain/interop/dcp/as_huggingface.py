@@ -115,8 +115,17 @@ class DcpModel:
         words = self._folder.read(self._stored[name], first, count)
         return torch.from_numpy(words.view(_INTEGERS[ELEMENT_BYTES[dtype]])).view(DTYPES[dtype])
 
+    @property
+    def raw_names(self) -> list[str]:
+        """Names of the tensors as they are stored: the same, since DCP does not quantize."""
+        return self.names
+
+    def raw_kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a tensor as it is stored."""
+        return self.dtype(name), self.shape(name)
+
     def raw(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Read a tensor as it is stored: the same, since DCP does not quantize."""
+        """Read a tensor as it is stored."""
         return self.rows(name, first, count)
 
 
@@ -126,7 +135,7 @@ def _config_of(folder: DcpFolder) -> Mapping[str, Any]:
         config = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            41, f"a DCP folder has no {CONFIG} that can be read", where=str(path), why=reason(error),
+            46, f"a DCP folder has no {CONFIG} that can be read", where=str(path), why=reason(error),
             next=f"copy the model's {CONFIG} into the folder, or name it; the folder holds "
                  f"{_there(folder)}") from error
     return config if isinstance(config, dict) else {}
@@ -139,14 +148,14 @@ def _names(folder: DcpFolder) -> dict[str, str]:
         name = _WRAPPERS.sub("", stored)
         if name in bare:
             raise CheckpointError(
-                42, f"{name} is in the folder twice", where=str(folder.directory),
+                47, f"{name} is in the folder twice", where=str(folder.directory),
                 why=f"as {bare[name]} and as {stored}", next="save the model once")
         bare[name] = stored
     keys = [name.removesuffix(_EMBEDDING) for name in bare if name.endswith(_EMBEDDING)]
     keys = [key for key in keys if not key or key.endswith(".")]
     if len(keys) != 1:
         raise CheckpointError(
-            43, "the tensors of a DCP folder do not have the names of a public family",
+            48, "the tensors of a DCP folder do not have the names of a public family",
             where=str(folder.directory),
             why=f"{len(keys) or 'no'} tensors end in {_EMBEDDING}; the folder holds {_there(folder)}",
             next="save the state_dict of one model of transformers, or of one with its names")

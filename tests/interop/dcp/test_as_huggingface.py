@@ -64,16 +64,16 @@ def fault(folder: Path, config: object = CONFIG) -> str:
 
 def test_other_names_are_refused_with_what_is_there(tmp_path):
     text = fault(saved(tmp_path, {"tok_embeddings.weight": torch.ones(5, 2), "layers.0.wq": torch.ones(2)}))
-    assert "E-CHECKPOINT-043" in text and "tok_embeddings.weight [5, 2]" in text
+    assert "E-CHECKPOINT-048" in text and "tok_embeddings.weight [5, 2]" in text
     two = {f"{key}.model.embed_tokens.weight": torch.ones(2) for key in ("student", "teacher")}
     assert "2 tensors end in" in fault(saved(tmp_path / "two", two))
     twice = {"_orig_mod.lm_head.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}
-    assert "E-CHECKPOINT-042" in fault(saved(tmp_path / "twice", twice))
+    assert "E-CHECKPOINT-047" in fault(saved(tmp_path / "twice", twice))
 
 
 def test_the_config_lies_in_the_folder_or_is_missed(tmp_path):
     folder = saved(tmp_path, tensors())
-    assert "E-CHECKPOINT-041" in fault(folder, None)
+    assert "E-CHECKPOINT-046" in fault(folder, None)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     with open_dcp(folder) as opened:
         assert opened.config == CONFIG
