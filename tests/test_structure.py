@@ -188,7 +188,7 @@ COVERS = {
     "comm/test_reduce": "comm/agreement",
     "config/test_bounds": "config/rules/ranges",
     "config/test_checks": "config/rules/{attention,data,losses,model,optim,parallel,paths} "
-                          "config/rules/{latent_attention,rotary,routers,run,train,wording}",
+                          "config/rules/{latent_attention,multi_token,rotary,routers,run,train,wording}",
     "config/test_compose": "config/{groups,key,origins,overrides,parallel_schema,schema,tree,values} errors",
     "config/test_sizes": "config/architecture",
     "config/test_text_and_paths": "config/sweep",

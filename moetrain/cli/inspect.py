@@ -133,10 +133,12 @@ def model(manifest: Manifest) -> str:
     sizes = config.get("model", {}) if isinstance(config, dict) else {}
     # By the tensors that are there, whatever key of whatever release made some layers dense.
     sparse = len({pattern.partition(".experts.")[0] for pattern in manifest.experts
-                  if pattern.startswith("model.")})
+                  if pattern.startswith("model.layers.")})
     beside = f" ({sparse} with experts)" if sparse != sizes.get("num_layers", sparse) else ""
     words = {"num_layers": f"layers{beside}", "dim": "wide", "num_experts": "experts", "top_k": "a token",
              "expert_dim": "wide each", "num_shared_experts": "shared"}
+    if sizes.get("mtp_layers"):
+        words["mtp_layers"] = "modules of multi-token prediction"
     return ", ".join(f"{sizes[key]} {word}" for key, word in words.items() if key in sizes) or "unknown"
 
 

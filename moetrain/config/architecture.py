@@ -95,6 +95,13 @@ def attention_top_k(sizes: ModelConfig) -> int:
     return sizes.num_heads // sizes.num_kv_heads
 
 
+def mtp_beside(sizes: ModelConfig) -> Shapes:
+    """Shapes of the parameters of a multi-token prediction module beside those of its block."""
+    norms = {f"{norm}.{tensor}": (sizes.dim,)
+             for norm in ("enorm", "hnorm", "norm") for tensor in norm_tensors(sizes)}
+    return {**norms, "eh_proj.weight": (sizes.dim, 2 * sizes.dim)}
+
+
 def norm_tensors(sizes: ModelConfig) -> tuple[str, ...]:
     """Names of the parameters of a block's norm, and of the last one, each as long as the model is wide."""
     return ("weight", "bias") if sizes.norm == "layer" else ("weight",)

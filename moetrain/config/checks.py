@@ -17,6 +17,7 @@ from moetrain.config.rules import (
     latent_attention,
     losses,
     model,
+    multi_token,
     optim,
     parallel,
     paths,
@@ -99,6 +100,9 @@ RULES: list[Rule] = [
     losses.equal_groups,
     routers.load_of_noise,
     losses.needed_sums,
+    multi_token.targets_ahead,
+    multi_token.scored_ahead,
+    multi_token.experts_by_tokens,
     ranges.divisions,
     parallel.engine,
 ]
@@ -108,5 +112,6 @@ OF_TRAINING: frozenset[Rule] = frozenset([
     run.stop, model.router_gradient, routers.growing_k, parallel.chunks, parallel.sliced, parallel.copies,
     parallel.engine, train.batch, data.domain_weights, data.denoising, optim.betas, losses.loss_names,
     losses.pools,
-    losses.equal_groups, losses.needed_sums, routers.load_of_noise,
+    losses.equal_groups, losses.needed_sums, multi_token.targets_ahead, multi_token.scored_ahead,
+    multi_token.experts_by_tokens, routers.load_of_noise,
 ])

@@ -55,6 +55,8 @@ _KEYS: dict[str, str] = {
     "model.attention_multiplier": "softmaxscale attnscale",
     "model.norm": "normalization normtype",
     "model.head_bias": "lmheadbias",
+    "model.mtp_layers": "numnextnpredictlayers nextnpredictlayers mtpnumlayers nummtplayers mtpdepth",
+    "model.mtp_weight": "mtplossscalingfactor mtplossweight mtplosscoef mtplambda",
     "model.norm_eps": "rmsnormeps layernormeps layernormepsilon",
     "model.tie_embeddings": "tiewordembeddings tieweights",
     "optim.lr": "learningrate maxlr peaklr baselr",

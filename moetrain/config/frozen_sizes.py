@@ -15,12 +15,13 @@ from moetrain.config.architecture import (
     attention_parameters,
     beside_experts,
     expert_width,
+    mtp_beside,
     norm_tensors,
     num_attention_experts,
     router_paths,
 )
 from moetrain.config.expert_sizes import expert_shapes
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer
+from moetrain.config.layer_pattern import block_paths, dense_width, is_sparse, per_layer
 from moetrain.config.router_sizes import RouterSizes, attention_router, layer_router, shared_by_routers
 from moetrain.config.schema import Config
 
@@ -57,8 +58,9 @@ def named_parameters(config: Config, vocab_size: int) -> Iterator[Named]:
         yield Named("rest", f"norm.{tensor}", width)
     for name, shape in shared_by_routers(config.router, sizes).items():
         yield Named("rest", f"tied.{name}", prod(shape))
-    for layer in range(sizes.num_layers):
-        path = f"layers.{layer}"
+    for path, layer in block_paths(sizes):
+        for name, shape in mtp_beside(sizes).items() if path.startswith("mtp.") else ():
+            yield Named("matrices" if len(shape) > 1 else "rest", f"{path}.{name}", prod(shape))
         for norm, tensor in product(("attention_norm", "ffn_norm"), norm_tensors(sizes)):
             yield Named("rest", f"{path}.{norm}.{tensor}", width)
         for name, shape in attention_parameters(sizes).items():

@@ -12,7 +12,7 @@ unless `moe_layers` names that layer. Everything that depends on the kind of a l
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from moetrain.config.schema import ModelConfig
 
@@ -39,6 +39,18 @@ def sparse_layers(sizes: ModelConfig) -> Sequence[int]:
         return tuple(layer for layer, experts in enumerate(sizes.num_experts)
                      if layer in layers and experts != 0)
     return layers
+
+
+def mtp_layer(sizes: ModelConfig) -> int:
+    """Layer whose sizes the modules of multi-token prediction have: the last with experts, or the last."""
+    sparse = sparse_layers(sizes)
+    return sparse[-1] if sparse else sizes.num_layers - 1
+
+
+def block_paths(sizes: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Iterate over all blocks in run order: the path of each in the model, and the layer of its sizes."""
+    yield from ((f"layers.{layer}", layer) for layer in range(sizes.num_layers))
+    yield from ((f"mtp.{module}", mtp_layer(sizes)) for module in range(sizes.mtp_layers))
 
 
 def parse_pattern(text: str) -> tuple[int, int] | None:

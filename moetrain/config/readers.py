@@ -110,6 +110,7 @@ READ_WITH: dict[str, tuple[str, ...]] = {
     "optim.decay": ("optim.schedule=wsd",),
     "optim.decay_shape": ("optim.schedule=wsd",),
     "log.timeline_start": ("log.timeline>0",),
+    "model.mtp_weight": ("model.mtp_layers>0",),
     **dict.fromkeys((f"log.wandb_{name}" for name in ("project", "entity", "name", "group", "tags", "notes")),
                     ("log.wandb=auto|offline|online",)),
 }
@@ -123,6 +124,7 @@ ALWAYS = frozenset("""
     model.attention_multiplier
     model.rope_theta model.partial_rotary_factor model.rope_interleaved model.rope_scaling model.norm
     model.head_bias model.embedding_multiplier model.residual_multiplier model.logits_scaling
+    model.mtp_layers
     model.norm_eps model.tie_embeddings model.num_experts model.top_k model.expert_dim
     model.num_shared_experts model.moe_layers model.first_dense_layers model.vocab_size model.block
     model.init_std

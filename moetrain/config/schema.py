@@ -134,6 +134,10 @@ class ModelConfig:
         "outer: around all")
     chain_share_router: bool = key(False, "block chain: one router decides in all rounds of a layer")
     latent_dim: int | None = key(None, "block latent: width of the space of the experts; dim / 4 when null")
+    mtp_layers: int = key(
+        0, "multi-token prediction (DeepSeek-V3): further blocks, each of which predicts one token further "
+        "ahead; in training alone")
+    mtp_weight: float = key(0.3, "weight of the mean of their cross-entropies beside the model's own")
     vocab_size: int | None = key(
         None, "rows of embedding and head; more than the tokenizer has ids are padding; its ids when null")
     init_std: float = key(0.05, "standard deviation of the initial weights")

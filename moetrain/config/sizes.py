@@ -34,7 +34,7 @@ from moetrain.config.build import NoSuchPart, declared
 from moetrain.config.denoisers import special_ids
 from moetrain.config.expert_sizes import expert_sizes
 from moetrain.config.frozen_sizes import MAX_LAYERS, count_frozen
-from moetrain.config.layer_pattern import dense_width, is_sparse, per_layer, sparse_layers
+from moetrain.config.layer_pattern import dense_width, is_sparse, mtp_layer, per_layer, sparse_layers
 from moetrain.config.router_sizes import RouterSizes, attention_router, layer_router, shared_by_routers
 from moetrain.config.schema import SWIGLU, TOPK, Config, ModelConfig
 
@@ -113,16 +113,17 @@ def count_parameters(sizes: ModelConfig, vocab_size: int, expert: Mapping[str, A
     width = sizes.dim
     attention = attention_parameters(sizes)
     in_rest = sum(prod(shape) for name, shape in attention.items() if len(shape) == 1)
-    matrices = sizes.num_layers * (sum(map(prod, attention.values())) - in_rest)
+    blocks = sizes.num_layers + sizes.mtp_layers
+    matrices = blocks * (sum(map(prod, attention.values())) - in_rest) + sizes.mtp_layers * 2 * width**2
     norm = width * len(norm_tensors(sizes))
-    rest = sizes.num_layers * (2 * norm + in_rest) + norm
+    rest = blocks * (2 * norm + in_rest) + norm + sizes.mtp_layers * 3 * norm
     rest += vocab_size * (width * (1 if sizes.tie_embeddings else 2) + sizes.head_bias)
     rest += sum(map(prod, shared_by_routers(router, sizes).values()))
-    of_attention = sum(map(prod, attention_experts(sizes).values())) * sizes.num_layers
+    of_attention = sum(map(prod, attention_experts(sizes).values())) * blocks
     experts, active = of_attention * num_attention_experts(sizes), 0.0
     if of_attention:
         chooses = attention_router(router, sizes)
-        rest += sizes.num_layers * chooses.numbers
+        rest += blocks * chooses.numbers
         active = of_attention * chooses.mean_experts
     for kind in layer_kinds(sizes):
         if kind.dense_dim is not None:
@@ -140,19 +141,23 @@ def count_parameters(sizes: ModelConfig, vocab_size: int, expert: Mapping[str, A
 
 
 def layer_kinds(sizes: ModelConfig) -> list[LayerKind]:
-    """Group equal layers; where sizes are lists, every layer stands alone."""
+    """Group equal layers, with those of `mtp`; where sizes are lists, every layer stands alone."""
     of_layers = sizes.num_experts, sizes.top_k, sizes.expert_dim
     lists = [entries for entries in of_layers if isinstance(entries, list)]
     if not lists:
         experts, top_k, expert_dim = (per_layer(value, 0) for value in of_layers)
         sparse = len(sparse_layers(sizes))
-        kinds = [LayerKind(sizes.num_layers - sparse, experts, top_k, dense_width(sizes, 0), expert_dim, 0),
-                 LayerKind(sparse, experts, top_k, None, expert_dim, 0)]
+        ahead = sizes.mtp_layers
+        kinds = [LayerKind(sizes.num_layers - sparse + (0 if sparse else ahead), experts, top_k,
+                           dense_width(sizes, 0), expert_dim, 0),
+                 LayerKind(sparse + (ahead if sparse else 0), experts, top_k, None, expert_dim, 0)]
         return [kind for kind in kinds if kind.layers]
+    given = min(map(len, lists))
+    layers = [*range(given), *[min(mtp_layer(sizes), given - 1)] * sizes.mtp_layers]
     return [LayerKind(1, per_layer(sizes.num_experts, layer), per_layer(sizes.top_k, layer),
                       None if is_sparse(sizes, layer) else dense_width(sizes, layer),
                       per_layer(sizes.expert_dim, layer), layer)
-            for layer in range(min(map(len, lists)))]
+            for layer in layers]
 
 
 def shards(config: Config, ranks: int) -> Shards:
@@ -173,7 +178,8 @@ def rank_memory(config: Config, vocab_size: int, ranks: int) -> RankMemory:
     tokens = train.per_forward(ranks) * train.seq_len * _draws(config)
     exchanged = cut.experts > 1 and config.parallel.mode != "fsdp"
     # Beside the logits themselves: those in float32, and their gradient.
-    logits = min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
+    heads = 1 if train.head_chunk else 1 + config.model.mtp_layers
+    logits = heads * min(tokens, train.head_chunk or tokens) * vocab_size * (item + 8)
     activations = tokens * kept_per_token(config, exchanged) + _casts(config, parameters, item)
     return RankMemory(state, activations, logits, _on_host(config, ranks))
 
@@ -220,7 +226,8 @@ def kept_per_token(config: Config, exchanged: bool) -> int:
     routers = {kind: layer_router(config.router, sizes, kind.layer) for kind in kinds}
     whole = {kind: _kept_by_block(sizes, kind, routers[kind], inside[kind], "none", item, exchanged, seq_len)
              for kind in kinds}
-    ends = 2 * item * sizes.dim  # before and after the last norm
+    # Before and after the last norm; of a module of multi-token prediction also what it combines.
+    ends = item * sizes.dim * (2 + 8 * sizes.mtp_layers)
     if mode == "none":
         return ends + sum(kind.layers * kept for kind, kept in whole.items())
     kept = ends + sum(kind.layers * _kept_by_block(sizes, kind, routers[kind], inside[kind], mode, item,
@@ -295,7 +302,8 @@ def _casts(config: Config, parameters: Parameters, item: int) -> int:
     """
     if item >= 4:
         return 0
-    blocks = 1 if config.train.activation_checkpointing == "none" else config.model.num_layers
+    every = config.model.num_layers + config.model.mtp_layers
+    blocks = 1 if config.train.activation_checkpointing == "none" else every
     return item * parameters.matrices // blocks
 
 

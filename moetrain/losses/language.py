@@ -78,6 +78,7 @@ class LanguageLoss:
 
     draws: int = 1          # times that a micro-batch stands along B in one pass, each with a draw of its own
     together: int = 1       # neighboring sequences that must be in one micro-batch, as the two of a pair
+    ahead: bool = False     # whether it scores modules of multi-token prediction, on a batch shifted for them
     by_rows: bool = False   # whether the head is used by `per_row` alone, as `train.head_chunk` needs
 
     def count(self, batch: Batch) -> Tensor:
@@ -112,6 +113,7 @@ class LanguageLoss:
 class CrossEntropy(LanguageLoss):
     """Cross-entropy of the scored targets, in nats."""
 
+    ahead = True
     by_rows = True
 
     def score(self, states_BSD: Tensor, head: Head, batch: Batch) -> Tensor:

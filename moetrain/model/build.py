@@ -13,7 +13,14 @@ from moetrain.comm.exchange.backends import ExchangeFactory, exchange_factory
 from moetrain.comm.mesh import Mesh, lone_mesh
 from moetrain.config.architecture import attention_top_k, expert_width, num_attention_experts
 from moetrain.config.build import build
-from moetrain.config.layer_pattern import attention_window, dense_width, is_sparse, per_layer, sparse_layers
+from moetrain.config.layer_pattern import (
+    attention_window,
+    block_paths,
+    dense_width,
+    is_sparse,
+    per_layer,
+    sparse_layers,
+)
 from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.config.rope_scaling import rotary_width, yarn_logit_factor
 from moetrain.config.schema import Config, ModelConfig
@@ -27,6 +34,7 @@ from moetrain.model.feed_forward import FeedForward
 from moetrain.model.frozen import freeze, refuse_nothing_to_train, to_storage
 from moetrain.model.initialization import declared_starts, initialize, materialize
 from moetrain.model.latent_attention import LatentAttention
+from moetrain.model.multi_token_prediction import MultiTokenModule
 from moetrain.model.norms import NORMS
 from moetrain.model.parallelize import shard_parameters
 from moetrain.model.rotary import RotaryEmbedding
@@ -113,11 +121,13 @@ def meta_model(config: Config, vocab_size: int, mesh: Mesh,
                               exchange_factory(config.parallel.exchange, mesh, config.run.timeout_s))
     compute = compute_dtype(config, mesh.device)
     with torch.device("meta"):
+        blocks = [_block(config, vocab_size, path, layer, placement, mesh, exchange_of)
+                  for path, layer in block_paths(sizes)]
         model = Transformer(
             vocab_size=vocab_size,
             dim=sizes.dim,
-            layers=[_block(config, vocab_size, layer, placement, mesh, exchange_of)
-                    for layer in range(sizes.num_layers)],
+            layers=blocks[:sizes.num_layers],
+            mtp=blocks[sizes.num_layers:],
             rotary=RotaryEmbedding(width=rotary_width(sizes), theta=sizes.rope_theta,
                                    interleaved=sizes.rope_interleaved, scaling=sizes.rope_scaling),
             eps=sizes.norm_eps,
@@ -213,11 +223,11 @@ def computes_bfloat16(device: torch.device) -> bool:
 def plan_homes(sizes: ModelConfig, positions: int) -> ExpertPlacement:
     """Plan the homes of experts at the start of a run: contiguous ranges over the positions of `ep`."""
     sparse, homes = set(sparse_layers(sizes)), []
-    for layer in range(sizes.num_layers):
+    for path, layer in block_paths(sizes):
         if sizes.attention in ("experts", "sliced"):
-            homes.append((attention_name(layer), contiguous(num_attention_experts(sizes), positions)))
+            homes.append((attention_name(path), contiguous(num_attention_experts(sizes), positions)))
         if layer in sparse:
-            homes.append((router_name(layer), contiguous(per_layer(sizes.num_experts, layer), positions)))
+            homes.append((router_name(path), contiguous(per_layer(sizes.num_experts, layer), positions)))
     return ExpertPlacement(tuple(homes))
 
 
@@ -226,14 +236,14 @@ def sliced_experts(parallel: ParallelConfig, mesh: Mesh) -> int:
     return parallel.max_sliced_experts if parallel.mode == "fssdp" and mesh["ep"].size > 1 else 0
 
 
-def router_name(layer: int) -> str:
-    """Name of a layer's router, which is the key of its statistics, loads and homes."""
-    return f"layers.{layer}.moe"
+def router_name(path: str) -> str:
+    """Name of the router of a block, which is the key of its statistics, loads and homes."""
+    return f"{path}.moe"
 
 
-def attention_name(layer: int) -> str:
-    """Name of the router and the bank of a layer's attention experts."""
-    return f"layers.{layer}.attention"
+def attention_name(path: str) -> str:
+    """Name of the router and the bank of the attention experts of a block."""
+    return f"{path}.attention"
 
 
 def head_width(sizes: ModelConfig) -> int:
@@ -241,20 +251,21 @@ def head_width(sizes: ModelConfig) -> int:
     return sizes.head_dim or sizes.dim // sizes.num_heads
 
 
-def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlacement, mesh: Mesh,
+def _block(config: Config, vocab_size: int, path: str, layer: int, placement: ExpertPlacement, mesh: Mesh,
            exchange_of: ExchangeFactory) -> Block:
+    """Make the block at a path of the model (config/layer_pattern.py `block_paths`), with a layer's sizes."""
     sizes = config.model
     parts = partial(_layer_parts, config, vocab_size, layer, placement, mesh, exchange_of)
     attention: Attention | LatentAttention | SparseLayer
     feed_forward: FeedForward | SparseLayer
     if sizes.attention == "experts":
         own = QueryOutputExpert(dim=sizes.dim, expert_dim=sizes.num_kv_heads * head_width(sizes))
-        made = parts(attention_name(layer), own, attention_top_k(sizes))
+        made = parts(attention_name(path), own, attention_top_k(sizes))
         attention = AttentionExperts(name=made.name, dim=sizes.dim, num_kv_heads=sizes.num_kv_heads,
                                      head_dim=head_width(sizes), router=made.make_router(),
                                      experts=made.experts, capacity=made.capacity)
     elif sizes.attention == "sliced":
-        made = parts(attention_name(layer), HeadSlice(dim=sizes.dim, expert_dim=head_width(sizes)),
+        made = parts(attention_name(path), HeadSlice(dim=sizes.dim, expert_dim=head_width(sizes)),
                      attention_top_k(sizes))
         attention = SlicedAttention(name=made.name, head_dim=head_width(sizes), router=made.make_router(),
                                     experts=made.experts, capacity=made.capacity)
@@ -288,12 +299,13 @@ def _block(config: Config, vocab_size: int, layer: int, placement: ExpertPlaceme
     if is_sparse(sizes, layer):
         form = build(config.expert, "expert", dim=expert_width(sizes),
                      expert_dim=per_layer(sizes.expert_dim, layer))
-        feed_forward = sparse_layer(parts(router_name(layer), form, per_layer(sizes.top_k, layer)))
+        feed_forward = sparse_layer(parts(router_name(path), form, per_layer(sizes.top_k, layer)))
     else:
         feed_forward = FeedForward(dim=sizes.dim, hidden_dim=dense_width(sizes, layer))
-    return Block(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
-                 norm=NORMS[sizes.norm], residual_multiplier=sizes.residual_multiplier,
-                 recompute=recomputed(config.train.activation_checkpointing))
+    kind = Block if path.startswith("layers.") else MultiTokenModule
+    return kind(attention=attention, feed_forward=feed_forward, dim=sizes.dim, eps=sizes.norm_eps,
+                norm=NORMS[sizes.norm], residual_multiplier=sizes.residual_multiplier,
+                recompute=recomputed(config.train.activation_checkpointing))
 
 
 def _latent_scale(sizes: ModelConfig) -> float:
@@ -315,7 +327,7 @@ def router_sizes(config: Config, layer: int, vocab_size: int) -> dict[str, int |
     sizes = config.model
     return {"dim": sizes.dim, "num_experts": per_layer(sizes.num_experts, layer),
             "top_k": per_layer(sizes.top_k, layer), "layer": layer,
-            "name": router_name(layer), "num_layers": sizes.num_layers,
+            "name": router_name(f"layers.{layer}"), "num_layers": sizes.num_layers,
             "total_steps": config.run.steps, "vocab_size": vocab_size}
 
 

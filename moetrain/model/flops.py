@@ -3,7 +3,9 @@
 The formula counts multiplications and additions of the matrix products of one token:
 
     forward     2 for each weight that the token is multiplied with: the experts that it takes in the mean,
-                matrices beside them, router, attention, head; of a chain of experts in every round
+                matrices beside them, router, attention, head; of a chain of experts in every round;
+                head and block once more for each module of multi-token prediction, and the matrix that
+                combines its inputs
                 4 H h (S + 1) / 2 for each layer, scores and values of causal attention, each with its width
                 where these differ, in which a token attends to half of the sequence on average, or to less
                 in a sliding window
@@ -31,7 +33,7 @@ from moetrain.config.architecture import (
     rounds,
 )
 from moetrain.config.expert_sizes import expert_sizes
-from moetrain.config.layer_pattern import attention_window, dense_width, is_sparse, per_layer
+from moetrain.config.layer_pattern import attention_window, block_paths, dense_width, is_sparse, per_layer
 from moetrain.config.router_sizes import attention_router, layer_router
 from moetrain.config.schema import SWIGLU, TOPK, Config, ModelConfig
 from moetrain.model.build import compute_dtype, head_width
@@ -56,8 +58,9 @@ def training_flops(sizes: ModelConfig, vocab_size: int, seq_len: int, expert: Ma
         expert: section `expert` of the config.
         router: section `router` of the config.
     """
-    forward = 2 * sizes.dim * vocab_size + sum(
-        _layer(sizes, layer, seq_len, expert, router) for layer in range(sizes.num_layers))
+    heads = (1 + sizes.mtp_layers) * 2 * sizes.dim * vocab_size
+    forward = heads + sizes.mtp_layers * 4 * sizes.dim**2 + sum(
+        _layer(sizes, layer, seq_len, expert, router) for _, layer in block_paths(sizes))
     return 3.0 * forward
 
 

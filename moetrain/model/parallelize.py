@@ -58,7 +58,7 @@ def shard_parameters(model: Transformer, mesh: Mesh) -> None:
     if mesh["expert_shard"].size > 1:
         shard([module for module in model.modules() if isinstance(module, RoutedExperts)],
               over=mesh["expert_shard"], replicated=mesh["expert_replicas"], device=mesh.device)
-    shard([*model.layers, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"],
+    shard([*model.blocks, model], over=mesh["dense_shard"], replicated=mesh["dense_replicas"],
           device=mesh.device, ignore=experts)
 
 
@@ -74,7 +74,7 @@ def _refuse_shared_by_blocks(model: Transformer) -> None:
         if banks[parameter] == 1:
             continue
         parts = name.split(".")
-        place = ".".join(parts[:2]) if parts[0] == "layers" else "the root"
+        place = ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else "the root"
         first, there = found.setdefault(parameter, (name, place))
         if place != there:
             raise ConfigError(
@@ -101,7 +101,7 @@ def copy_experts(model: Transformer, mesh: Mesh, *, rematerialize: bool, form: s
     return CopyManager({name: experts.bank for name, experts in model.banks.items()}, mesh["ep"],
                        passes=model.passes,
                        dtype=model.dtype, rematerialize=rematerialize,
-                       recompute=any(block.recompute is not None for block in model.layers),
+                       recompute=any(block.recompute is not None for block in model.blocks),
                        form=form, topology=topology)
 
 

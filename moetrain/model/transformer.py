@@ -6,7 +6,7 @@ It is assembled from parts (model/build.py), and knows neither config nor parall
 Shapes: B sequences, S positions, T = B*S tokens, D model width, V vocabulary, E experts, h head width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -36,6 +36,15 @@ class ModelOutput(NamedTuple):
     logits_BSV: Tensor | None                # None with `route_only`, and with `score`
     stats: dict[str, RoutingStats]           # by router name, in run order
     score: Tensor | None = None              # result of the function `score`, if one was given
+    ahead: Tensor | None = None              # the same, summed over the modules of `ahead`
+
+
+class Ahead(NamedTuple):
+    """What a multi-token prediction module is given: the micro-batch, shifted by the depth of the module."""
+
+    tokens_BS: Tensor                        # int64; position i has the token of position i + depth
+    valid_BS: Tensor                         # bool: there is such a token, and it is routed and balanced
+    score: Score | None = None               # as that of `Transformer.forward`; not with `route_only`
 
 
 class BlockOutput(NamedTuple):
@@ -144,6 +153,8 @@ class Transformer(nn.Module):
         vocab_size: V.
         dim: D.
         layers: the blocks, in order.
+        mtp: modules of multi-token prediction (model/multi_token_prediction.py), by depth. They share
+            embedding and head, which belong to the model: FSDP2 gathers these for all of `forward`.
         rotary: angles of the rotary embedding.
         eps: of the last norm.
         norm: class of the last norm.
@@ -154,15 +165,16 @@ class Transformer(nn.Module):
         dtype: dtype of the activations.
     """
 
-    def __init__(self, *, vocab_size: int, dim: int, layers: list[Block], rotary: RotaryEmbedding, eps: float,
-                 norm: type[RMSNorm] | type[LayerNorm] = RMSNorm, tie_embeddings: bool = False,
-                 head_bias: bool = False, embedding_multiplier: float = 1.0, logits_scaling: float = 1.0,
-                 dtype: torch.dtype) -> None:
+    def __init__(self, *, vocab_size: int, dim: int, layers: list[Block], mtp: Sequence[Block] = (),
+                 rotary: RotaryEmbedding, eps: float, norm: type[RMSNorm] | type[LayerNorm] = RMSNorm,
+                 tie_embeddings: bool = False, head_bias: bool = False, embedding_multiplier: float = 1.0,
+                 logits_scaling: float = 1.0, dtype: torch.dtype) -> None:
         super().__init__()
         self.rotary, self.dtype = rotary, dtype
         self.embedding_multiplier, self.logits_scaling = embedding_multiplier, logits_scaling
         self.embed = nn.Parameter(torch.empty(vocab_size, dim))
         self.layers = nn.ModuleList(layers)
+        self.mtp = nn.ModuleList(mtp)
         self.norm = norm(dim=dim, eps=eps)
         self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, dim))
         self.head_bias = nn.Parameter(torch.empty(vocab_size)) if head_bias else None
@@ -178,14 +190,24 @@ class Transformer(nn.Module):
         return one_of_each(router.shared_modules() for router in self.routers.values())
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks in run order, those of multi-token prediction last."""
+        return [*self.layers, *self.mtp]
+
+    @property
     def sparse_layers(self) -> list[SparseLayer]:
         """The parts of all blocks that route, in run order."""
-        return [layer for block in self.layers for layer in block.sparse_layers]
+        return [layer for block in self.blocks for layer in block.sparse_layers]
 
     @property
     def routers(self) -> dict[str, Router]:
         """Routers by name, in run order. A router that decides in several passes has a name for each."""
-        return {name: router for layer in self.sparse_layers for name, router in layer.routers.items()}
+        return _routers_of(self.blocks)
+
+    @property
+    def main_routers(self) -> dict[str, Router]:
+        """Those of `routers` that run in evaluation and generation, too: not those of `mtp`."""
+        return _routers_of(self.layers)
 
     @property
     def num_choices(self) -> dict[str, int]:
@@ -252,7 +274,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, context: RouterContext, documents_BS: Tensor | None = None,
                 route_only: bool = False, cache: Cache | None = None,
                 routed: Callable[[Tensor, dict[str, RoutingStats]], Tensor] | None = None,
-                score: Score | None = None) -> ModelOutput:
+                score: Score | None = None, ahead: Sequence[Ahead] = ()) -> ModelOutput:
         """Run the model over a micro-batch.
 
         Args:
@@ -263,54 +285,79 @@ class Transformer(nn.Module):
             route_only: stop once the last router has decided, and return only the statistics.
             cache: keys and values of earlier tokens of the same document, which do not run again; those of
                 `tokens_BS` are appended.
-            routed: called before the head with its input [B, S, D], not yet normalized, and the statistics of
-                all routers; its result takes the input's place.
+            routed: called with the output [B, S, D] of the last block, behind which no router runs, and the
+                statistics of all routers; its result takes the output's place.
             score: called with what `head_inputs` returns, in place of their product, the logits.
+            ahead: what each module of `mtp` is given; empty where none of them runs.
 
         Returns:
-            Logits [B, S, V] or the score, and the statistics.
+            Logits [B, S, V] or the score, the statistics, and the sum of the scores further ahead.
         """
-        x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
-        if self.embedding_multiplier != 1:
-            x_BSD = x_BSD * self.embedding_multiplier
+        x_BSD = self.embedded(tokens_BS)
         rotary = self.rotary.table(tokens_BS.shape[1], dtype=self.dtype, device=x_BSD.device,
                                    first=0 if cache is None else cache.length)
         mask = None if documents_BS is None else document_mask(documents_BS)
         stats: dict[str, RoutingStats] = {}
         context = context._replace(tied=self.tied)
-        last = self.layers[-1]
+        assert len(ahead) in (0, len(self.mtp)), (len(ahead), len(self.mtp))
+        last = (self.mtp if ahead else self.layers)[-1]
         for index, block in enumerate(self.layers):
             earlier = None if cache is None else cache.layers[index]
             x_BSD, block_stats, carry = block(x_BSD, rotary, mask, context, route_only and block is last,
                                               earlier)
             context = context._replace(carry=carry)
             stats.update(block_stats)
-        assert list(stats) == list(self.routers), (list(stats), list(self.routers))
+        before: list[Tensor] = []                # normalized inputs of the head, but for the last one
+        for module, given in zip(self.mtp, ahead):
+            before.append(x_BSD if before else self.norm(x_BSD))
+            context = context._replace(token_ids_T=given.tokens_BS.flatten(),
+                                       valid_T=given.valid_BS.flatten())
+            x_BSD, block_stats, carry = module(before[-1], self.embedded(given.tokens_BS), rotary, mask,
+                                               context, route_only and module is last)
+            context = context._replace(carry=carry)
+            stats.update(block_stats)
+        ran = self.routers if ahead else self.main_routers
+        assert list(stats) == list(ran), (list(stats), list(ran))
         if routed is not None:
             x_BSD = routed(x_BSD, stats)
         if route_only:
             return ModelOutput(None, stats)
         with record_function("head"):
-            states_BSD, head_VD, bias_V = self.head_inputs(x_BSD)
+            main_BSD, *further = [*before, x_BSD] if before else [self.norm(x_BSD)]
+            states_BSD, head_VD, bias_V = self.head_inputs(main_BSD)
             if score is not None:
-                return ModelOutput(None, stats, score(states_BSD, head_VD, bias_V))
+                total = score(states_BSD, head_VD, bias_V)
+                scores = [given.score(*self.head_inputs(each_BSD)) for given, each_BSD in zip(ahead, further)
+                          if given.score is not None]
+                return ModelOutput(None, stats, total, reduce(torch.add, scores) if scores else None)
             bias_V = None if bias_V is None else bias_V.to(self.dtype)
             return ModelOutput(F.linear(states_BSD, head_VD.to(self.dtype), bias_V), stats)
 
-    def head_inputs(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def embedded(self, tokens_BS: Tensor) -> Tensor:
+        """Embed tokens as the first block is given them, [B, S, D]."""
+        x_BSD = F.embedding(tokens_BS, self.embed).to(self.dtype)
+        return x_BSD if self.embedding_multiplier == 1 else x_BSD * self.embedding_multiplier
+
+    def head_inputs(self, states_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Prepare what logits are made of, which are states head^T + bias.
 
         Dividing states and bias by `logits_scaling` divides the logits, whoever multiplies them and in
         whatever chunks.
 
         Args:
-            x_BSD: [B, S, D], not yet normalized.
+            states_BSD: [B, S, D], normalized.
 
         Returns:
             The states [B, S, D], the head [V, D] and the bias [V] or None.
         """
-        states_BSD, bias_V = self.norm(x_BSD), self.head_bias
+        bias_V = self.head_bias
         if self.logits_scaling != 1:
             states_BSD = states_BSD / self.logits_scaling
             bias_V = None if bias_V is None else bias_V / self.logits_scaling
         return states_BSD, self.embed if self.head is None else self.head, bias_V
+
+
+def _routers_of(blocks: Iterable[Block]) -> dict[str, Router]:
+    """Routers of blocks by name, in run order."""
+    return {name: router for block in blocks for layer in block.sparse_layers
+            for name, router in layer.routers.items()}

@@ -43,6 +43,7 @@ class DTopPRouter(TopPRouter):
     BOUNDS = {"target_k": "1 or more", "gain_p": "0 or more", "gain_i": "above 0"}
     START_ARGUMENTS = ("p",)
     MEAN_EXPERTS = "target_k or K"
+    BY_TOKENS = True
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, p: float = 0.4,
                  target_k: float | None = None, gain_p: float = 0.1, gain_i: float = 0.05, k_min: int = 1,

@@ -54,6 +54,7 @@ class ReluRouter(LinearRouter):
     MEAN_EXPERTS = "target_k or K"
     SLOTS = "E"
     uses_few_slots = True
+    BY_TOKENS = True
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int, target_k: float | None = None,
                  lambda0: float = 1e-8, alpha: float = 1.2) -> None:

@@ -9,8 +9,11 @@ from is neither read again nor needed any more.
 """
 
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from moetrain.checkpoint.compare import TensorKind, differences, stored_tensors
 from moetrain.checkpoint.digest import WEIGHTS, weights_digest
@@ -33,6 +36,7 @@ from moetrain.train.state import Run
 log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed"
+_MODULE = re.compile(r"(?:model|buffer)\.(mtp\.[0-9]+)\.")
 
 
 def with_initial_weights(config: Config, directory: Path,
@@ -78,6 +82,8 @@ def check_weights(config: Config, checkpoint: Path, manifest: Manifest, vocab_si
                   convert_model: ConvertModel | None = None) -> None:
     """Raise ConfigError, which names every difference, where weights do not fit the model of a config.
 
+    Modules of multi-token prediction that only one of them has are no difference (`other_modules`).
+
     Args:
         config: the config of the run.
         checkpoint: directory of the weights.
@@ -88,6 +94,9 @@ def check_weights(config: Config, checkpoint: Path, manifest: Manifest, vocab_si
     expected = {name: TensorKind(DTYPE_NAMES[shard.rows.dtype], tuple(shard.shape))
                 for name, shard in weights_on_meta(config, vocab_size, convert_model).items()}
     found = stored_tensors(manifest, WEIGHTS)
+    without = other_modules(expected, found).prefixes
+    expected, found = ({name: kind for name, kind in each.items() if not name.startswith(without)}
+                       for each in (expected, found))
     if not (differ := differences(expected, found)):
         return
     own = checkpoint.parents[1] / "config.yaml"
@@ -100,6 +109,34 @@ def check_weights(config: Config, checkpoint: Path, manifest: Manifest, vocab_si
         advice = f"run.dtype=float64; or {advice}"
     raise ConfigError(223, "the weights do not fit the model", where=f"model.*, init.from={checkpoint}",
                       why=CONTINUED.join(differ), next=advice)
+
+
+class OtherModules(NamedTuple):
+    """Modules of multi-token prediction, as `mtp.0`, that only a model or only its initial weights have."""
+
+    new: list[str]
+    left: list[str]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of their tensors."""
+        return tuple(f"{kind}{module}." for kind in WEIGHTS for module in (*self.new, *self.left))
+
+
+def other_modules(expected: Iterable[str], found: Iterable[str]) -> OtherModules:
+    """Compare the modules of multi-token prediction of a model with those of weights.
+
+    A base model is trained on with new modules, and modules that nobody wants to train are left out: both are
+    common, and neither changes what the model itself computes.
+
+    Args:
+        expected: names of the tensors of the model.
+        found: names of the tensors of the weights.
+    """
+    own, theirs = ({found[1]: None for name in names if (found := _MODULE.match(name))}
+                   for names in (expected, found))
+    return OtherModules([name for name in own if name not in theirs],
+                        [name for name in theirs if name not in own])
 
 
 def load_initial_weights(run: Run, convert_model: ConvertModel | None = None) -> Manifest | None:
@@ -116,9 +153,16 @@ def load_initial_weights(run: Run, convert_model: ConvertModel | None = None) ->
     if source is None or _has_checkpoint(run.directory, run.mesh):
         return None
     checkpoint = Path(source)
-    check_weights(run.config, checkpoint, read_manifest(checkpoint), run.state.model.embed.shape[0],
-                  convert_model)
-    manifest = load_weights(run.state.model, checkpoint, run.mesh, verify=run.config.checkpoint.verify)
+    ids = run.state.model.embed.shape[0]
+    check_weights(run.config, checkpoint, read_manifest(checkpoint), ids, convert_model)
+    others = other_modules(weights_on_meta(run.config, ids, convert_model),
+                           stored_tensors(read_manifest(checkpoint), WEIGHTS))
+    manifest = load_weights(run.state.model, checkpoint, run.mesh, verify=run.config.checkpoint.verify,
+                            without=others.prefixes)
+    for modules, what in ((others.new, "are not in the weights: they start anew"),
+                          (others.left, "of the weights are left out, as model.mtp_layers says")):
+        if run.mesh.is_main and modules:
+            log.warning("[warn] the modules of multi-token prediction %s %s", ", ".join(modules), what)
     if run.mesh.is_main:
         keep_origin(checkpoint.parents[1], run.directory)
     own, theirs = getattr(run.dataset, "tokenizer", None), manifest.facts.get("tokenizer")

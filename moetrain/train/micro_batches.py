@@ -19,7 +19,7 @@ routers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from moetrain.losses.attached import attach
 from moetrain.losses.base import Pooled, PoolRule
 from moetrain.losses.language import Head
 from moetrain.model.op_record import OpRecord
+from moetrain.model.transformer import Ahead
 from moetrain.routers.base import RouterContext, RoutingStats
 from moetrain.routers.context import token_context
 from moetrain.routers.stack import Stack, stacks
@@ -48,6 +49,7 @@ class Forward(NamedTuple):
     """Forward pass of one micro-batch on this rank."""
 
     language: Tensor                         # scalar, sum of the language loss, with graph
+    ahead: Tensor | None                     # scalar, the same of all modules of multi-token prediction
     stacks: list[Stack]                      # statistics of its routers
     # Pooled counts of every stack; those of this micro-batch if no loss pools counts.
     pooled: Callable[[], list[Pooled]]
@@ -188,6 +190,9 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
             f"{type(language).__name__}.score returned {list(total.shape)} of {total.dtype}, no float32 sum")
         return total
 
+    def score_ahead(shifted: Batch, states_BSD: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        return language.score(states_BSD, Head(head_VD, run.config.train.head_chunk, bias_V), shifted)
+
     language = run.objective.language
     context = step_context(run.config.run.seed, step, batch, draws=language.draws,
                            per_sequence=run.objective.per_sequence)
@@ -198,10 +203,26 @@ def forward_pass(run: Run, step: int, batch: Batch, pooled: PoolCounts,
             context._replace(on_counts=on_counts, on_margins=on_margins, decisions=decisions,
                              token_sums=run.objective.token_sums,
                              token_values=run.objective.token_values),
-            batch.documents_BS, routed=routed, score=score)
+            batch.documents_BS, routed=routed, score=score,
+            ahead=tokens_ahead(batch, len(run.state.model.mtp), score_ahead))
     if decisions is not None:
         run.dump.add(batch, decisions[:])                # a copy: recomputed blocks append theirs again
-    return Forward(output.score, found, asked)
+    return Forward(output.score, output.ahead, found, asked)
+
+
+def tokens_ahead(batch: Batch, modules: int, score: Callable[..., Tensor] | None = None) -> list[Ahead]:
+    """What modules of multi-token prediction are given of a micro-batch.
+
+    Args:
+        batch: the micro-batch.
+        modules: number of modules.
+        score: called with the shifted micro-batch, and with what a `Score` is called with.
+
+    Returns:
+        A record for each module, in the order of their depths.
+    """
+    shifted = [batch.ahead(depth) for depth in range(1, modules + 1)]
+    return [Ahead(each.tokens_BS, each.valid_BS, score and partial(score, each)) for each in shifted]
 
 
 @torch.no_grad()
@@ -212,5 +233,6 @@ def _count(run: Run, step: int, batch: Batch, on_counts: OnCounts) -> OpRecord:
     context = context._replace(on_counts=on_counts, token_sums=run.objective.token_sums,
                                token_values=run.objective.token_values)
     with choices.record(), record_function("count"):
-        run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True)
+        run.state.model(batch.tokens_BS, context, batch.documents_BS, route_only=True,
+                        ahead=tokens_ahead(batch, len(run.state.model.mtp)))
     return choices

@@ -1,8 +1,12 @@
 """Training objective: language loss and weighted auxiliary losses, as sums over the global batch.
 
-    total = language / M + sum over losses of weight * mean over routers of loss
+    total = language / M + lambda / D * sum over k of ahead_k / M
+            + sum over losses of weight * mean over routers of loss
 
-(A loss may ask for the sum over routers instead of the mean.) The language loss is cross-entropy
+(A loss may ask for the sum over routers instead of the mean.) `ahead_k` is the language loss of the k-th of D
+modules of multi-token prediction (model/multi_token_prediction.py). All are divided by M, as equation 24 of
+DeepSeek-V3 (arXiv 2412.19437) divides all by the length T of the sequence, of which module k scores the first
+T - k positions. The language loss is cross-entropy
 (losses/language.py) and M the scored tokens of the *global batch*. Auxiliary losses are sums over tokens,
 divided by N, the valid tokens of the global batch, of which prompts are not scored. Both are known before the
 first forward pass (`Denominators`). A micro-batch contributes its share, and gradients are summed over
@@ -50,12 +54,16 @@ class Objective:
         num_routers: routers of the whole model, over which means are taken; a process may hold only some of
             them.
         language: the language loss.
+        mtp_layers: modules of multi-token prediction, D.
+        mtp_weight: weight of the mean of their losses, lambda.
         attached: inject the gradients of auxiliary losses in backward (losses/attached.py) instead of adding
             the losses to the total before it.
     """
 
     def __init__(self, losses: Mapping[str, AuxLoss], num_routers: int, *,
-                 language: LanguageLoss | None = None, attached: bool = False) -> None:
+                 language: LanguageLoss | None = None, mtp_layers: int = 0, mtp_weight: float = 0.0,
+                 attached: bool = False) -> None:
+        self.mtp_layers, self.mtp_weight = mtp_layers, mtp_weight
         self.losses, self.num_routers, self.attached = dict(losses), num_routers, attached
         self.language = language or CrossEntropy()
 
@@ -98,8 +106,13 @@ class Objective:
         """Weights of the losses that are trained on. A loss of weight 0 is never evaluated."""
         return {name: loss.weight for name, loss in self.losses.items() if loss.weight and self.num_routers}
 
-    def backward(self, language: Tensor, stacks: Sequence[Stack],
-                 pooled: Callable[[], Sequence[Pooled]], terms: Tensor) -> LossShare:
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Weights of all terms beside the language loss, by name."""
+        return {**self.weights, **({"mtp": self.mtp_weight} if self.mtp_layers else {})}
+
+    def backward(self, language: Tensor, stacks: Sequence[Stack], pooled: Callable[[], Sequence[Pooled]],
+                 terms: Tensor, ahead: Tensor | None = None) -> LossShare:
         """Run backward from a micro-batch's contribution to the loss.
 
         Args:
@@ -108,23 +121,25 @@ class Objective:
             pooled: returns the pooled counts of every stack, and waits for them. It is called when the loss
                 is formed, or, if gradients are injected, after the backward pass of the head.
             terms: int64 scalar M, terms of the language loss in the global batch.
+            ahead: scalar, the same as `language` of all modules of multi-token prediction, with graph.
 
         Returns:
             The contribution, without graph.
         """
         if self.attached:
             with record_function("backward"):
-                (language / terms.clamp(min=1)).backward()         # the identity node calls `pooled`
+                # The identity node calls `pooled`.
+                self.share(language, (), (), terms, ahead).total.backward()
             with torch.no_grad():
-                return self.share(language, stacks, pooled(), terms)
-        share = self.share(language, stacks, pooled(), terms)
+                return self.share(language, stacks, pooled(), terms, ahead)
+        share = self.share(language, stacks, pooled(), terms, ahead)
         with record_function("backward"):
             share.total.backward()
         return share._replace(total=share.total.detach())
 
     @record_function("loss")
     def share(self, language: Tensor, stacks: Sequence[Stack], pooled: Sequence[Pooled],
-              terms: Tensor) -> LossShare:
+              terms: Tensor, ahead: Tensor | None = None) -> LossShare:
         """Compute a micro-batch's contribution to the loss.
 
         Args:
@@ -132,11 +147,15 @@ class Objective:
             stacks: statistics of its routers.
             pooled: pooled counts of every stack.
             terms: int64 scalar M, terms of the language loss in the global batch.
+            ahead: scalar, sum of the losses of all modules of multi-token prediction.
 
         Returns:
             The contribution, with graph.
         """
-        total, of_losses = language / terms.clamp(min=1), {}
+        total, of_losses = language / terms.clamp(min=1), dict[str, Tensor]()
+        if ahead is not None:
+            term = self.mtp_weight / self.mtp_layers * (ahead / terms.clamp(min=1))
+            total, of_losses["mtp"] = total + term, term.detach()
         for name in self.weights if stacks else ():
             loss = self.losses[name]
             values_R = torch.cat([_value(loss, stack, of_stack) for stack, of_stack in zip(stacks, pooled)])
@@ -192,7 +211,15 @@ def build_objective(config: Config, num_routers: int, language: LanguageLoss | N
               **{name: build(node, "loss") for name, node in config.loss.items()}}
     for name, loss in losses.items():
         check_loss(name, loss)
-    return Objective(losses, num_routers, language=language, attached=config.train.aux_loss == "injected")
+        if config.model.mtp_layers and loss.weight and loss.token_values:
+            raise ConfigError(
+                306, f"model.mtp_layers={config.model.mtp_layers} with the loss {name}",
+                where=f"loss.{name}, model.mtp_layers",
+                why="it asks of every routed token whether the next one was predicted, and modules of "
+                    "multi-token prediction route for a token further ahead",
+                next=f"model.mtp_layers=0, or a run without the loss {name}")
+    return Objective(losses, num_routers, language=language, mtp_layers=config.model.mtp_layers,
+                     mtp_weight=config.model.mtp_weight, attached=config.train.aux_loss == "injected")
 
 
 def check_loss(name: str, loss: AuxLoss) -> None:
@@ -239,6 +266,14 @@ def check_language_loss(config: Config, language: LanguageLoss | None, ranks: in
             why="it is called by the methods of moetrain.losses.language.LanguageLoss",
             next="an object of a subclass, as language_loss=MyLoss()")
     name, sequences = type(language).__name__, config.train.per_forward(ranks)
+    if config.model.mtp_layers and not language.ahead:
+        raise ConfigError(
+            305, f"model.mtp_layers={config.model.mtp_layers} with the language loss {name}",
+            where="model.mtp_layers, language_loss",
+            why="modules of multi-token prediction are scored by the language loss on the tokens further "
+                "ahead, and this one does not say that it may be",
+            next="model.mtp_layers=0; or ahead = True in the class, if it reads no more of a batch than the "
+                 "targets, of which -1 is none")
     if config.train.head_chunk and not language.by_rows:
         raise ConfigError(
             233, f"train.head_chunk={config.train.head_chunk} with the language loss {name}",

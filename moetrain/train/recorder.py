@@ -167,14 +167,16 @@ class Recorder:
         """
         if not self.main:
             return
-        choices = [part[:, :experts].numpy() for part, experts in zip(
-            found.choices_ML.split(list(self.routers.values()), dim=1), self.experts.values())]
+        routers = run.state.model.main_routers
+        choices = [part[:, :router.num_experts].numpy() for part, router in zip(found.choices_ML.split(
+            [router.num_choices for router in routers.values()], dim=1), routers.values())]
+        experts = {name: router.num_experts for name, router in routers.items()}
         record = {"step": run.state.step, "tokens": run.state.tokens, **found.losses, "time/eval": seconds,
                   "timestamp": time.time()}
         if choices and len(run.dataset.measured) > 1:
             record["moe/mutual_information/mean"] = float(
                 np.mean([mutual_information(part) for part in choices]))
-            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, self.experts,
+            write_specialization(self.directory / "specialisation.npz", run.state.step, choices, experts,
                                  run.dataset.measured)
         if found.routing is not None:
             record |= summary(found.routing)

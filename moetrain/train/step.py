@@ -85,8 +85,7 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
         NonFiniteError: loss or gradient norm is not finite; on all ranks, and no update is applied.
     """
     model, mesh, config, planning = run.state.model, run.mesh, run.config, run.state.planning
-    choices = model.num_choices
-    watch = run.watch
+    choices, watch = model.num_choices, run.watch
     watch.restart()
     copies = planning.agreed().num_copies if planning else 0
     batches, failure = read_batches(run, step)
@@ -98,14 +97,15 @@ def train_step(run: Run, step: int, flags: StepFlags = StepFlags()) -> StepResul
     run.parallel.begin(len(batches))
     flags = flags._replace(data_failed=int(failure is not None))
     sums = SumBuffer(choices, model.num_experts, mesh.device, flags, model.routers_needing_load_error,
-                     tuple(run.objective.weights))
+                     tuple(run.objective.term_weights))
     local = torch.zeros(sum(choices.values()), dtype=torch.int64, device=mesh.device)
     pooled_L = None                          # counts of the whole step on all ranks, where a loss pools them
     quantiles = MarginQuantiles(mesh["batch"], model.routers,
                                 [batch.tokens_BS.numel() for batch in batches])
     for forward in forwards(run, step, batches, tokens, quantiles):
         watch.lap("forward")
-        share = run.objective.backward(forward.language, forward.stacks, forward.pooled, denominators.terms)
+        share = run.objective.backward(forward.language, forward.stacks, forward.pooled, denominators.terms,
+                                       forward.ahead)
         sums.add(forward.language, share, forward.stacks)
         local += flat_counts(forward.stacks, mesh.device)
         pooled_L = forward.counts_L
@@ -165,7 +165,7 @@ def step_metrics(run: Run, summed: StepSums, rate: float, copies: int) -> dict[s
         "tokens": run.state.tokens,
         "loss/ce": summed.language / max(1, summed.language_terms),
         "loss/total": summed.total,
-        **loss_metrics(summed.terms, run.objective.weights),
+        **loss_metrics(summed.terms, run.objective.term_weights),
         **balance_metrics(summed, run.state.model.num_choices, run.state.model.num_experts),
         "moe/copies": copies,
         "moe/added_copies": run.parallel.copies.added if planning else 0,

@@ -30,7 +30,7 @@ from moetrain.checkpoint.compare import TensorKind, stored_tensors
 from moetrain.checkpoint.records import split_expert
 from moetrain.comm.mesh import lone_mesh
 from moetrain.config.checks import check
-from moetrain.config.layer_pattern import per_layer
+from moetrain.config.layer_pattern import block_paths, mtp_layer, per_layer
 from moetrain.config.parallel_schema import ParallelConfig
 from moetrain.config.schema import Config
 from moetrain.errors import ConfigError, ConfigErrors
@@ -179,15 +179,21 @@ def _impossible(what: str, why: str, instead: str) -> ConfigError:
 def _resized_config(config: Config, resizings: Mapping[str, Resizing]) -> Config:
     """Give a config the new numbers of experts, and refuse sizes that its rules do not allow."""
     sizes = config.model
-    counts = [resizings[name].num_experts if (name := router_name(layer)) in resizings
-              else per_layer(sizes.num_experts, layer) for layer in range(sizes.num_layers)]
-    attention = {resizings[name].num_experts for layer in range(sizes.num_layers)
-                 if (name := attention_name(layer)) in resizings}
+    now = {path: resizings[name].num_experts if (name := router_name(path)) in resizings
+           else per_layer(sizes.num_experts, layer) for path, layer in block_paths(sizes)}
+    counts = [now[f"layers.{layer}"] for layer in range(sizes.num_layers)]
+    if ahead := {path for path, layer in block_paths(sizes) if now[path] != counts[layer]}:
+        raise _impossible(f"{router_name(min(ahead))} would have {now[min(ahead)]} experts, and layer "
+                          f"{mtp_layer(sizes)} {counts[mtp_layer(sizes)]}",
+                          "a module of multi-token prediction has the sizes of the last layer with experts",
+                          "as many of keep and add for both")
+    attention = {resizings[name].num_experts for path, _ in block_paths(sizes)
+                 if (name := attention_name(path)) in resizings}
     if len(attention) > 1:
         raise _impossible("layers would have different numbers of attention experts",
                           "model.num_attention_experts is one number for all layers",
-                          "as many of keep and add for every layers.N.attention")
-    alike = {count for layer, count in enumerate(counts) if router_name(layer) in resizings}
+                          "as many of keep and add for every attention bank")
+    alike = {count for path, count in now.items() if router_name(path) in resizings}
     one_number = isinstance(sizes.num_experts, int) and len(alike) == 1
     sizes = replace(sizes, num_experts=alike.pop() if one_number else counts,
                     num_attention_experts=attention.pop() if attention else sizes.num_attention_experts)

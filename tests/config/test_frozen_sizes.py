@@ -32,6 +32,7 @@ def counted(config: Config) -> int:
     [*MLA, "model.qk_norm=none", "model.first_dense_layers=1"],
     ["model.norm=layer", "model.head_bias=true", "model.first_dense_layers=1"],
     ["model.attention_bias=all", "model.attention_sinks=true", "model.first_dense_layers=1"],
+    ["model.mtp_layers=2", "model.first_dense_layers=1"],
     ["model.block=latent", "model.first_dense_layers=1"]])
 def test_what_is_left_to_train_is_that_of_the_model(patterns: str, words: list[str]) -> None:
     if "tie_embeddings" in " ".join(words):

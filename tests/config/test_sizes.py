@@ -31,6 +31,10 @@ MODELS = [["model=quickstart"], ["model=olmoe_1b_7b", "model.num_layers=2"],
           ["model.num_shared_experts=4", "model.shared_dim=40", "model.shared_gate=true"],
           ["model.norm=layer", "model.head_bias=true"], [*MLA], [*MLA, "model.q_lora_rank=7"],
           ["model.attention_bias=all", "model.attention_sinks=true", "model.qk_norm=all"],
+          ["model.mtp_layers=2", "model.moe_layers=every_2", "model.norm=layer"],
+          ["model.mtp_layers=1", "model.num_experts=[0,4]", "model.top_k=[3,2]",
+           "model.num_shared_experts=1"],
+          ["model.mtp_layers=2", "model.first_dense_layers=2"],
           ["model.block=latent", "model.latent_dim=20"]]
 
 

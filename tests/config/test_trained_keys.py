@@ -52,6 +52,7 @@ LEGAL = {  # refused in training, and legal here
     "domain_weights": (["data=text"], ["data.weights={code: -1}"], "170"),
     "load_of_noise": (["router.noise=vmoe", "loss=[load]"], ["router.noise=none"], "250"),
     "denoising": (["denoising=openmoe"], ["data.mask_documents=true"], "286"),
+    "targets_ahead": (["model.mtp_layers=1"], ["train.seq_len=1"], "308"),
 }
 ILLEGAL = {  # refused in both
     "ranges": ([], ["eval.windows=0"], "020"),
@@ -79,7 +80,7 @@ ILLEGAL = {  # refused in both
 BY_THE_RUN = {"run_name", "heads", "layer_pattern", "dense_width", "divisions", "betas", "loss_names",
               "pools", "sliced_quantized", "vocabulary", "attention_experts", "mapped_logits",
               "equal_groups", "needed_sums", "rotary_channels", "sliding_layers", "rope_scaling",
-              "residual_stream", "latent_attention"}
+              "residual_stream", "latent_attention", "scored_ahead", "experts_by_tokens"}
 
 
 @pytest.mark.parametrize("name", [*LEGAL, *ILLEGAL])

@@ -24,7 +24,7 @@ THEIRS = {"moetrain/losses/sureness.py", "conf/loss/sureness.yaml", "moetrain/ro
           "moetrain/moe/last_capacity.py", "conf/capacity/last.yaml", "moetrain/plan/planners/hottest.py",
           "conf/planner/hottest.yaml",
           "runs/big/job.sbatch"}
-TENSORS = re.compile(r"model\.(layers|embed|head|norm)\b")          # names in a checkpoint, not keys
+TENSORS = re.compile(r"model\.(layers|mtp|embed|head|norm)\b")          # names in a checkpoint, not keys
 FOLDERS = {path.name for base in BASES for path in base.iterdir() if path.is_dir()}
 
 

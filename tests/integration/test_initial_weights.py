@@ -82,6 +82,25 @@ def alone_from(source: Path, directory: Path) -> Trained:
     return union([begun("single", source, directory)[2]])
 
 
+@pytest.mark.parametrize("there, here, said", [
+    (0, 2, "mtp.0, mtp.1 are not in the weights: they start anew"),
+    (2, 1, "mtp.1 of the weights are left out")])
+def test_modules_of_multi_token_prediction_are_added_or_left_out(there, here, said, tmp_path, caplog) -> None:
+    small = [*MODEL, "run.nproc=1"]
+    source = make_run([*small, f"model.mtp_layers={there}"])
+    checkpoint = saved(source, tmp_path / "source")
+    run = make_run([*small, f"model.mtp_layers={here}", f"init.from={checkpoint}", "run.seed=5",
+                    "data.seed=0"])
+    run.directory, fresh = tmp_path / "begun", held(run)
+    run.config = with_initial_weights(run.config, run.directory)
+    load_initial_weights(run)
+    weights_there, weights_here = held(source), held(run)
+    assert said in caplog.text and len(weights_here) != len(weights_there)
+    for name, (_, _, rows) in weights_here.items():
+        expected = weights_there if name in weights_there else fresh
+        assert torch.equal(rows, expected[name][2]), name
+
+
 @pytest.mark.ranks
 def test_a_run_begins_from_weights_on_every_mesh(ranks, pair, tmp_path) -> None:
     first, second = pair

@@ -97,6 +97,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "gpt_oss_attention": ("model.attention_sinks=true", "model.attention_bias=all", "model.sliding_window=4",
                           "model.sliding_layers=[0]", "model.attention_multiplier=0.4"),
     "olmoe_attention": ("model.qk_norm=all", "model.clip_qkv=0.5", "model.attention_bias=qkv"),
+    "multi_token": ("model.mtp_layers=2", "model.num_shared_experts=1", "model.head_bias=true",
+                    "model.num_layers=3", "model.moe_layers=[1]", "train.head_chunk=5"),
     "deepseek_moe": ("loss=[z,device_balance,communication_balance]", "router.weights=raw",
                      "router.num_groups=4", "router.topk_groups=2", "model.num_shared_experts=1", *MLA),
 }

@@ -13,7 +13,7 @@ RESERVED = ("ce", "total", "balance", "weighted")
 
 def loss_names(config: Config, ranks: int) -> Iterator[ConfigError]:
     """Refuse a further loss whose metric has the name of another."""
-    for name in RESERVED:
+    for name in (*RESERVED, "mtp") if config.model.mtp_layers else RESERVED:
         if name in config.loss:
             yield ConfigError(160, f"a further loss is called {name}", where=f"loss.{name}._target_",
                               why=f"its metric loss/{name} would take the place of another",

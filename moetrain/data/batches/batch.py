@@ -39,6 +39,23 @@ class Batch(NamedTuple):
             return self
         return Batch(*(field if field is None else torch.cat([field] * times) for field in self))
 
+    def ahead(self, by: int) -> "Batch":
+        """The batch `by` positions further ahead: position i has token and target of position i + `by`.
+
+        Where that lies behind the sequence, in padding or in another document of `documents_BS`, the position
+        is not valid and has no target.
+        """
+        def shifted(values_BS: Tensor, behind: int) -> Tensor:
+            found = torch.full_like(values_BS, behind)
+            found[:, :-by] = values_BS[:, by:]
+            return found
+
+        valid_BS = self.valid_BS & shifted(self.valid_BS, False)
+        if self.documents_BS is not None:
+            valid_BS &= self.documents_BS == shifted(self.documents_BS, -1)
+        return self._replace(tokens_BS=shifted(self.tokens_BS, 0).where(valid_BS, 0),
+                             targets_BS=shifted(self.targets_BS, -1).where(valid_BS, -1), valid_BS=valid_BS)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. All fields travel in one asynchronous copy from pinned memory."""
         if device.type == "cpu":

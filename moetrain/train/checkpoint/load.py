@@ -102,7 +102,8 @@ def load_newest_model(model: Transformer, run_dir: Path, mesh: Mesh, *,
         move_aside=False)
 
 
-def load_weights(model: Transformer, directory: Path, mesh: Mesh, *, verify: str = "full") -> Manifest:
+def load_weights(model: Transformer, directory: Path, mesh: Mesh, *, verify: str = "full",
+                 without: tuple[str, ...] = ()) -> Manifest:
     """Load the weights of one checkpoint into a model. Collective: all ranks raise what one of them finds.
 
     Args:
@@ -110,9 +111,11 @@ def load_weights(model: Transformer, directory: Path, mesh: Mesh, *, verify: str
         directory: of the checkpoint.
         mesh: all ranks.
         verify: as in `resume`.
+        without: beginnings of the names of tensors that only the model or only the checkpoint has.
     """
     batch = mesh["batch"]
-    loader = all_or_none(batch, lambda: CheckpointLoader(weights(model), directory, verify, WEIGHTS))
+    loader = all_or_none(
+        batch, lambda: CheckpointLoader(weights(model), directory, verify, WEIGHTS, without))
     all_or_none(batch, loader.verify)
     _check_same_manifest(batch, loader)
     _check_all_claimed(mesh, loader)
@@ -141,15 +144,16 @@ class CheckpointLoader:
         directory: of the checkpoint.
         verify: `full` compares checksums, `sizes` only sizes and headers.
         prefixes: beginnings of the names of tensors to load.
+        without: beginnings of names among these that are left as they are, there and here.
     """
 
     def __init__(self, shards: Iterable[StateShard], directory: Path, verify: str,
-                 prefixes: tuple[str, ...] = ("",)) -> None:
+                 prefixes: tuple[str, ...] = ("",), without: tuple[str, ...] = ()) -> None:
         self.directory, self.check = directory, verify == "full"
         self.manifest = read_manifest(directory)
-        self.prefixes = prefixes
+        self.prefixes, self.without = prefixes, without
         _as_damage(directory, lambda: check_files(directory, self.manifest))
-        self.wanted = self._plan(list(shards))
+        self.wanted = self._plan([shard for shard in shards if not shard.name.startswith(without)])
 
     def verify(self) -> None:
         """Compare everything that will be read with its checksums, and headers of files with the manifest."""
@@ -180,7 +184,7 @@ class CheckpointLoader:
     def unclaimed(self, mesh: Mesh) -> list[str]:
         """Tensors of the checkpoint that no rank has a place for. Collective."""
         names = [name for name in self.manifest.names()
-                 if name.startswith(self.prefixes) and not name.startswith(OPTIONAL)]
+                 if name.startswith(self.prefixes) and not name.startswith((*OPTIONAL, *self.without))]
         own = {shard.name for shard, _, _ in self.wanted}
         counts = torch.tensor([name in own for name in names], dtype=torch.int32, device=mesh.device)
         return [name for name, count in zip(names, sum_over(mesh["batch"], counts).tolist()) if not count]

@@ -109,7 +109,8 @@ def _sums(model: Transformer, dataset: Dataset, mesh: Mesh, config: Config,
     nothing = (padding(1, config.train.seq_len, mask_documents=config.data.mask_documents),
                np.zeros(1, np.int64))
     text = torch.zeros(len(dataset.measured), 2, dtype=torch.float64)
-    sums = torch.zeros(len(dataset.measured), 2 + sum(model.num_choices.values()), dtype=torch.float64,
+    choices = [router.num_choices for router in model.main_routers.values()]
+    sums = torch.zeros(len(dataset.measured), 2 + sum(choices), dtype=torch.float64,
                        device=mesh.device)
     model.eval()
     for number in range(-(-len(ids) // (group.size * size))):

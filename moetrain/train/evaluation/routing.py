@@ -63,7 +63,7 @@ class RoutingProbe:
 
     def __init__(self, model: Transformer, *, domains: tuple[str, ...], windows: np.ndarray, seq_len: int,
                  vocab_size: int, device: torch.device) -> None:
-        every = model.num_experts
+        every = {name: router.num_experts for name, router in model.main_routers.items()}
         names = list(every)
         followed = np.unique(np.linspace(0, len(names) - 1, min(ROUTERS, len(names))).round().astype(int))
         self.routers = {names[index]: place for place, index in enumerate(followed)}

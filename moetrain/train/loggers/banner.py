@@ -4,6 +4,7 @@ docs/reference/output.md defines every word of it. An empty text leaves its row 
 """
 
 import os
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moetrain.config.compose import from_yaml
 from moetrain.config.layer_pattern import sparse_layers
 from moetrain.config.run_names import has_config
 from moetrain.config.schema import CheckpointConfig, ModelConfig
+from moetrain.config.sizes import count_parameters
 from moetrain.config.taken_over import SECTIONS
 from moetrain.config.values import flatten, show
 from moetrain.data.account.text import left_out_line
@@ -47,6 +49,7 @@ def banner_lines(run: Run, resumed: Path | None) -> list[tuple[str, str]]:
                   f" + {sizes.num_shared_experts} shared   total {decimal(total)}"
                   f"   active {decimal(active)}"
                   + (f"   trained {decimal(trained)}" if trained < total else "")),
+        ("ahead", ahead_line(run)),
         ("weights", weights_line(run)),
         ("parallel", f"{ranks} rank{'s' * (ranks > 1)} = EP {ep} x DP {ranks // ep}   "
                      f"{config.parallel.mode}{sharding(run)}"
@@ -75,6 +78,17 @@ def layers_text(sizes: ModelConfig) -> str:
     """Number of layers, and of those with experts where others have none."""
     sparse = len(sparse_layers(sizes))
     return f"{sizes.num_layers} layers{f', {sparse} with experts' * (sparse < sizes.num_layers)}"
+
+
+def ahead_line(run: Run) -> str:
+    """Modules of multi-token prediction; empty without any."""
+    sizes = run.config.model
+    if not sizes.mtp_layers:
+        return ""
+    without = count_parameters(replace(sizes, mtp_layers=0), 0, run.config.expert).total
+    added = count_parameters(sizes, 0, run.config.expert).total - without
+    return (f"{sizes.mtp_layers} module{'s' * (sizes.mtp_layers > 1)} of multi-token prediction, weight "
+            f"{sizes.mtp_weight:g}   {decimal(added)} of these parameters, in training alone")
 
 
 def weights_line(run: Run) -> str:

@@ -90,10 +90,12 @@ def _is_whole(path: Path) -> bool:
 def _named(model: Transformer) -> Iterator[None]:
     """Add ranges for the parts of the model; attention and MoE have them when they are recomputed, too."""
     with ExitStack() as hooks:
-        for index, block in enumerate(model.layers):
+        paths = [*(f"layers.{index}" for index in range(len(model.layers))),
+                 *(f"mtp.{index}" for index in range(len(model.mtp)))]
+        for path, block in zip(paths, model.blocks):
             for name, module in (("", block), (".attention", block.attention), (".moe", block.moe)):
                 if module is not None:
-                    _enclose(module, f"layers.{index}{name}", hooks)
+                    _enclose(module, f"{path}{name}", hooks)
         yield
 
 

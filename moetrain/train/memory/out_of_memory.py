@@ -93,7 +93,7 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     tokens = train.per_forward(run.mesh["batch"].size) * train.seq_len
     element = run.state.model.dtype.itemsize
     model = run.state.model
-    layers = model.layers
+    layers = model.blocks
     visits = [(model.routers[router].max_slots() + sizes.num_shared_experts, routed.bank.form.expert_dim)
               for name, routed in model.banks.items() for router in model.feeds[name]]
     attention, in_expert, out_expert = {"none": (8, 2, 3), "selective": (5, 1, 2), "full": (1, 0, 0)}[
@@ -101,7 +101,8 @@ def activation_bytes(run: Run) -> tuple[float, float]:
     kept = (len(layers) * attention * sizes.dim
             + sum(experts * (in_expert * sizes.dim + out_expert * width) for experts, width in visits))
     at_once = min(tokens, train.head_chunk) if train.head_chunk else tokens
-    return tokens * element * kept, at_once * run.state.model.embed.shape[0] * (element + 4)
+    heads = 1 if train.head_chunk else 1 + len(model.mtp)
+    return tokens * element * kept, heads * at_once * run.state.model.embed.shape[0] * (element + 4)
 
 
 def advice(run: Run, largest: str) -> str:
