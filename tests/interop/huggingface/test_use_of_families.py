@@ -10,13 +10,14 @@ from torch import Tensor
 from moetrain.config.schema import Config
 from moetrain.generate.sample import IncrementalModel, text_key
 from moetrain.interop.huggingface.families import FAMILIES
+from moetrain.interop.huggingface.folder import open_folder
+from moetrain.interop.huggingface.importing import import_folder
 from moetrain.model.build import build_model
 from moetrain.parallel.state_shards import weights
 from moetrain.train.checkpoint.load import load_weights
 from moetrain.train.session import join
 from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
-from moetrain.transform import write_run
 from tests.support import needs
 from tests.support.public_models import (
     OF_FAMILY,
@@ -105,8 +106,8 @@ def test_logits_are_the_same_on_every_mesh(made, ranks, case: tuple[str, str], t
     family, mesh = case
     theirs = made(family)
     config = run_config(theirs.config, "float32", f"parallel={mesh}", "run.nproc=2")
-    tensors = to_ours(config, theirs.tensors, family)
-    checkpoint = write_run(tmp_path / "run", config, tensors.items(), vocab_size=48)
+    with open_folder(theirs.folder) as folder:
+        checkpoint = import_folder(folder, tmp_path / "run", family=FAMILIES[family], config=config)
     ids = torch.randint(0, 48, (2, 11), generator=torch.Generator().manual_seed(3))
     expected = theirs.model(ids).logits.detach()
     for found in ranks(2).run(logits_on_a_mesh, config, checkpoint, ids):

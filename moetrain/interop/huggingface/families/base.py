@@ -30,6 +30,9 @@ _CAPACITY = "moetrain.moe.capacity.CapacityPolicy"           # the one that drop
 COMMON = ("architectures", "model_type", "vocab_size", "max_position_embeddings")
 # The key that a user sets, where that of the semantics follows from several.
 _SET_BY = {"model.shared_dim": "model.num_shared_experts"}
+# Keys that choose a part, which has keys of its own.
+_KINDS = ("model.attention", "model.block", "router._target_", "expert._target_")
+_WITH_THE_KIND = ("model.attention_multiplier",)             # its default depends on it
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FREQUENCIES = re.compile(r"model\..*rotary_emb\.inv_freq")  # of old files; they follow from the config
 
@@ -197,9 +200,12 @@ class Family:
             back = semantics(self.bare_config(self.from_config(config, 1)))
         except ConfigError as error:
             return [*found, ("model", f"{self.model_type} cannot say it: {error}")]
+        kinds = [key for key in _KINDS if ours.get(key) != back.get(key)]
         for key in sorted(ours.keys() | back.keys()):
             said_elsewhere = self.predicts_further and key == "model.mtp_layers"
-            if ours.get(key) != back.get(key) and not said_elsewhere:
+            # Options of another kind of attention, block, router or experts: the kind says it all.
+            follows = bool(kinds) and (key not in ours or key not in back or key in _WITH_THE_KIND)
+            if ours.get(key) != back.get(key) and not said_elsewhere and not follows:
                 found.append((_SET_BY.get(key, key), f"{self.model_type} has {_shown(back, key)}, "
                                    f"and the model {_shown(ours, key)}"))
         return found
