@@ -6,6 +6,7 @@ Standard library alone.
     create          a new file          open_to_append    one that grows
     read_bytes      all of it, up to a limit          read_text    as UTF-8          read_json    parsed
     parse_json      JSON that is not nested without end
+    lies_inside     whether a name of a stranger stays in its folder, links included
     reason, remedy  what is wrong and what helps, for `why` and `next` of an error
     shown           a text whose control characters are escaped
     nearby          a path as short as its reader needs it
@@ -72,6 +73,20 @@ def create(path: Path) -> BinaryIO:
     """Open a new file for writing. What lay there goes; of a link the link alone."""
     path.unlink(missing_ok=True)
     return open(open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+
+
+def lies_inside(directory: Path, file: str) -> bool:
+    """Whether the name of a file leads into a folder, links included.
+
+    A snapshot of Hugging Face's cache links to files beside it: snapshots/<commit>/x to blobs/<digest>.
+    """
+    try:
+        home = directory.resolve()
+        homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
+        place = (home / file).resolve()
+    except (OSError, RuntimeError, ValueError):              # links in a circle, or no name of a file
+        return False
+    return any(place != own and place.is_relative_to(own) for own in homes)
 
 
 def open_to_append(path: Path) -> BinaryIO:

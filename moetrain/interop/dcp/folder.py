@@ -12,16 +12,15 @@ file, no two share elements or bytes, none is missing. Whatever is wrong raises 
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from moetrain.errors import CheckpointError
-from moetrain.files import nearby, open_descriptor, read_bytes, reason
+from moetrain.files import lies_inside, nearby, open_descriptor, read_bytes, reason
 from moetrain.interop.dcp.coverage import Unchecked, faults
 from moetrain.interop.dcp.metadata import read_metadata
 from moetrain.interop.dcp.pickles import PickleError
@@ -38,6 +37,7 @@ from moetrain.interop.dcp.safetensors_files import read_safetensors
 from moetrain.interop.dcp.torch_zip import ZippedTensor, read_zipped_tensor
 
 MOST_METADATA = 1 << 30  # bytes
+_MOST_OPEN = 64          # files
 _SHOWN = 5               # faults of one kind in a message
 _BLOCK = 16 << 20        # bytes read at once to compare a checksum
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -66,14 +66,12 @@ class StoredFolder:
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor],
                  others: dict[str, StoredChunk]) -> None:
         self.directory, self.tensors, self.others = directory, tensors, others
-        self._stack = ExitStack()
         self._descriptors: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
         try:
             self._check_places()
             self._check_coverage()
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     def __enter__(self) -> "StoredFolder":
@@ -84,7 +82,8 @@ class StoredFolder:
 
     def close(self) -> None:
         """Close all files."""
-        self._stack.close()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -150,9 +149,10 @@ class StoredFolder:
         return bytes(content)
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            path = PurePosixPath(file)
-            if path.is_absolute() or ".." in path.parts or "\\" in file or not path.parts:
+        """Descriptor of a file; those used longest ago are closed, since each rank wrote a file or more."""
+        descriptor = self._descriptors.pop(file, None)
+        if descriptor is None:
+            if not lies_inside(self.directory, file):
                 raise outside(self.directory, file)
             try:
                 descriptor = open_descriptor(self.directory / file, os.O_RDONLY)
@@ -160,9 +160,10 @@ class StoredFolder:
                 raise damaged(
                     self.directory / file, f"it cannot be read: {reason(error)}",
                     "copy the folder again with all of its files: each rank writes its own") from error
-            self._stack.callback(os.close, descriptor)
-            self._descriptors[file], self._sizes[file] = descriptor, os.fstat(descriptor).st_size
-        return self._descriptors[file]
+            if len(self._descriptors) >= _MOST_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+        self._descriptors[file] = descriptor
+        return descriptor
 
     def _check_places(self) -> None:
         """Check that all chunks lie in files that are there, and no two in the same bytes."""
@@ -173,7 +174,7 @@ class StoredFolder:
         for name, chunk in self.others.items():
             places.setdefault(chunk.file, []).append((chunk.begin, chunk.length, name))
         for file, ranges in places.items():
-            self._descriptor(file)
+            size = os.fstat(self._descriptor(file)).st_size
             ranges.sort()
             end, before = 0, ""
             for begin, length, name in ranges:
@@ -181,9 +182,9 @@ class StoredFolder:
                     why = f"{name}, at byte {begin}, and {before}, up to {end}, lie in the same bytes"
                     raise damaged(self.directory / file, why)
                 end, before = begin + length, name
-                if end > self._sizes[file]:
+                if end > size:
                     raise damaged(self.directory / file, f"{name} ends at byte {end}, the file at "
-                                  f"{self._sizes[file]}: it is truncated")
+                                  f"{size}: it is truncated")
 
     def _check_coverage(self) -> None:
         """Check that the chunks of every tensor hold each element once."""

@@ -8,6 +8,7 @@ the same. Nothing of the folder is run: pickles are refused, and so are folders 
 Quantized weights look like what they stand for (dequantize.py); the tensors of their scales are not listed.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.errors import CheckpointError
-from moetrain.files import parse_json, read_bytes, reason
+from moetrain.files import lies_inside, parse_json, read_bytes, reason
 from moetrain.interop.huggingface.dequantize import find_quantized
 from moetrain.interop.huggingface.shard_file import ShardFile, StoredTensor, damaged
 
@@ -184,18 +185,9 @@ class HuggingFaceFolder:
 
 
 def _refuse_outside(directory: Path, file: str) -> None:
-    """Raise CheckpointError where a name, or a link, leads out of the folder.
-
-    A snapshot of Hugging Face's cache links to files beside it: snapshots/<commit>/x to blobs/<digest>.
-    """
-    home = directory.resolve()
-    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
-    try:
-        place: Path | str = (home / file).resolve()
-        inside = any((home / file).resolve().is_relative_to(own) for own in homes)
-    except (OSError, RuntimeError, ValueError) as error:           # links in a circle, or no name of a file
-        place, inside = str(error), False
-    if not inside:
+    """Raise CheckpointError where a name, or a link, leads out of the folder."""
+    if not lies_inside(directory, file):
+        place = "no name of a file" if "\0" in file else os.path.realpath(directory / file)
         raise CheckpointError(
             26, f"{file} lies outside the folder", where=str(directory), why=f"it is {place}",
             next="a folder whose index names files that lie beside it; links to a cache's blobs are followed")

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moetrain.errors import CheckpointError
+from moetrain.interop.dcp import folder as folder_module
 from moetrain.interop.dcp.folder import open_stored
 from moetrain.interop.dcp.records import METADATA, is_stored
 
@@ -117,6 +119,31 @@ def test_truncated_missing_and_foreign_files_are_named(saved):
     assert "__0_0.distcp" in fault(saved) and "each rank writes its own" in fault(saved)
     (saved / METADATA).write_bytes(b"rubbish")
     assert "E-CHECKPOINT-031" in fault(saved)
+
+
+def test_a_link_out_of_the_folder_is_not_followed_and_one_of_a_cache_is(saved, tmp_path):
+    data = saved / "__0_0.distcp"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    assert "E-CHECKPOINT-033" in fault(saved)
+    snapshot = tmp_path / "models--x/snapshots/1234"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--x/blobs").mkdir()
+    for name, blob in ((METADATA, saved / METADATA), (data.name, tmp_path / "elsewhere")):
+        blob.rename(tmp_path / "models--x/blobs" / name.strip("."))
+        (snapshot / name).symlink_to(Path("../../blobs") / name.strip("."))
+    with open_stored(snapshot) as folder:
+        assert folder.read("b").view("f4").tolist() == [1] * 5
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "_MOST_OPEN", 2)
+    for number in range(5):
+        save_file({f"t{number}": torch.full((2,), float(number))}, tmp_path / f"{number}.safetensors")
+    with open_stored(tmp_path) as folder:
+        for number in (0, 4, 2, 0):
+            assert folder.read(f"t{number}").view("f4").tolist() == [number] * 2
+        assert len(folder._descriptors) == 2
 
 
 def test_an_altered_value_differs_from_its_checksum(saved):
