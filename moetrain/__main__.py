@@ -38,11 +38,15 @@ VERBS = {
     "data": "prepare text for training (data prepare)",
     "report": "draw losses and tokens per expert of a run",
     "inspect": "show what a checkpoint holds",
+    "export": "write a model as a folder that other programs load",
+    "import": "begin from a public model's folder",
     "check": "try the promises of a router, losses and meshes on a small model",
     "checkpoint": "check every byte of a run's checkpoints, or resize its experts",
     "slurm": "train in a Slurm job, checked before it is submitted",
     "version": "print the version",
 }
+# Verbs whose file cannot have their name.
+_MODULES = {"import": "import_folder"}
 # Verbs that may run as one of several processes that something else started.
 OF_RANKS = ("train", "eval", "generate")
 
@@ -137,7 +141,7 @@ def _run(argv: list[str], program: Program) -> int:
                           why=f"the verbs are {', '.join(VERBS)}",
                           next=" or ".join(f"moetrain {name}" for name in near) or "moetrain --help")
     with nullcontext() if verb in OF_RANKS else without_ranks():
-        module = importlib.import_module(f"moetrain.cli.{verb}")
+        module = importlib.import_module(f"moetrain.cli.{_MODULES.get(verb, verb)}")
         if "-h" in rest or "--help" in rest:
             print(page(verb, str(module.__doc__), rest))
             return 0

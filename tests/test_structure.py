@@ -176,7 +176,9 @@ COVERS = {
     "checkpoint/test_commit": "checkpoint/disk",
     "checkpoint/test_payload": "checkpoint/{records,verify} train/checkpoint/snapshot",
     "cli/test_check": "check/part",
-    "cli/test_checkpoint": "cli/{inspect,table}",
+    "cli/test_checkpoint": "cli/{inspect,progress,table}",
+    "cli/test_export": "cli/import_folder report/model_card "
+                       "interop/huggingface/{export_files,logits_check,run_export,run_import}",
     "cli/test_main": "__main__ cli/{help,train,version}",
     "cli/test_run_names": "config/run_names",
     "cli/test_slurm": "launch/{slurm_node,slurm_options}",

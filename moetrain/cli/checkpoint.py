@@ -16,15 +16,13 @@ number of new ones behind them, and router.num_groups=... an argument of the rou
 moetrain train <name> then goes on at the same step.
 """
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.verify import problems
 from moetrain.cli.inspect import named, named_foreign
+from moetrain.cli.progress import byte_progress
 from moetrain.config.suggest import nearest
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.units import decimal
@@ -52,8 +50,8 @@ def verify_foreign(directory: Path) -> int:
     """Check a folder of another program, and whether every expert is there and differs from the others."""
     from moetrain.cli import foreign_folder
 
-    with _progress(2 * _bytes_in(directory)) as advance:
-        foreign_folder.verify(directory, advance)
+    with byte_progress() as progress:
+        foreign_folder.verify(directory, progress(2 * _bytes_in(directory)))
     return 0
 
 
@@ -64,7 +62,8 @@ def verify(checkpoints: list[Path]) -> int:
     harm: list[CheckpointError] = []
     damaged = 0
     sizes = {directory: _bytes_in(directory) for directory in checkpoints}
-    with _progress(sum(sizes.values())) as advance:
+    with byte_progress() as progress:
+        advance = progress(sum(sizes.values()))
         for directory, size in sizes.items():
             began = time.perf_counter()
             found = list(problems(directory, advance))
@@ -146,18 +145,3 @@ def _usage(checkpoint: Path, domain: str | None) -> dict[str, Any]:
 
 def _bytes_in(directory: Path) -> int:
     return sum(path.lstat().st_size for path in directory.iterdir()) if directory.is_dir() else 0
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar of bytes on a terminal; yields what to call with each number of bytes read."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -130,7 +130,8 @@ _VERBS = {
     "expand": ["checkpoint resize"],
     "fit": ["train"], "run": ["train"], "resume": ["train"], "pretrain": ["train"],
     "sweep": ["train --multirun"], "submit": ["slurm"], "sbatch": ["slurm"],
-    "export": [], "convert": [], "import": [], "finetune": [],
+    "convert": ["export", "import"], "save_pretrained": ["export"], "from_pretrained": ["import"],
+    "load": ["import"], "finetune": [],
 }
 
 

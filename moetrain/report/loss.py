@@ -47,9 +47,9 @@ def draw_loss(run_dir: Path) -> Path | None:
 
 def read_losses(run_dir: Path) -> Losses:
     """Read the losses from the records of a run."""
-    steps = _records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
-    evaluations = _records(run_dir / "eval.jsonl", "step", "loss/mean")
-    starts = [int(record["start"]) for record in _records(run_dir / "log" / "attempts.jsonl", "start")]
+    steps = records(run_dir / "metrics.jsonl", "step", "tokens", "loss/ce")
+    evaluations = records(run_dir / "eval.jsonl", "step", "loss/mean")
+    starts = [int(record["start"]) for record in records(run_dir / "log" / "attempts.jsonl", "start")]
     keys = (name for record in evaluations for name in record if name.startswith("loss/"))
     names = dict.fromkeys(name.removeprefix("loss/") for name in keys)
     at, tokens, trained = (np.array([record[name] for record in steps], dtype=float)
@@ -63,9 +63,9 @@ def read_losses(run_dir: Path) -> Losses:
         sorted({start for start in starts if steps and 0 < start < steps[-1]["step"]}))
 
 
-def _records(path: Path, *names: str) -> list[dict[str, float]]:
+def records(path: Path, *names: str) -> list[dict[str, float]]:
     """Read the numbers of every record that has all of `names`; empty where there is no file."""
-    records = []
+    found = []
     try:
         file = open_regular(path)
     except OSError:
@@ -81,8 +81,8 @@ def _records(path: Path, *names: str) -> list[dict[str, float]]:
                 continue
             numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
             if numbers.keys() >= set(names):
-                records.append(numbers)
-    return records
+                found.append(numbers)
+    return found
 
 
 def headline(losses: Losses) -> str:

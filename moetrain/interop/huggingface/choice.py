@@ -25,7 +25,7 @@ def choose_family(config: Config, asked: str | None = None, origin: str | None =
     if asked is not None:
         _known(asked)
     names = [asked] if asked is not None else sorted(FAMILIES, key=lambda name: name != origin)
-    found = {name: FAMILIES[name].refusals(config) for name in names}
+    found = {name: _of_one_kind(FAMILIES[name].refusals(config)) for name in names}
     exact = next((name for name, refused in found.items() if not refused), None)
     if exact is not None:
         return FAMILIES[exact]
@@ -37,6 +37,12 @@ def choose_family(config: Config, asked: str | None = None, origin: str | None =
         why=CONTINUED.join(f"{key}: {why}" for key, why in found[near]),
         next="train with what the family has" if asked is None else
              "leave family= out, and the family that holds the model is chosen")
+
+
+def _of_one_kind(refused: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Leave out the arguments of a part that is another one altogether."""
+    other = tuple(key.removesuffix("_target_") for key, _ in refused if key.endswith("._target_"))
+    return [(key, why) for key, why in refused if key.endswith("._target_") or not key.startswith(other)]
 
 
 def _known(name: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from moetrain.checkpoint.digest import named_digest
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError
+from moetrain.interop.dcp.as_huggingface import DcpModel
 from moetrain.interop.huggingface.families.base import Family
 from moetrain.interop.huggingface.folder import HuggingFaceFolder
 from moetrain.interop.huggingface.folder_writer import FolderWriter
@@ -28,6 +29,8 @@ from moetrain.model.build import weights_on_meta
 from moetrain.transform.destination import refuse_existing
 from moetrain.transform.frame import Rule, transform
 
+# Both have names, shapes, dtypes and tensors in the same way.
+PublicFolder = HuggingFaceFolder | DcpModel
 # Folder of a run with the tensors that have no counterpart, as they were.
 PRESERVED = Path("huggingface") / "preserved"
 _ROWS = 4096               # of two tensors that are compared, at a time
@@ -47,7 +50,7 @@ class ImportAccount(NamedTuple):
     preserved: list[str]
 
 
-def account_for(folder: HuggingFaceFolder, family: Family, config: Config) -> ImportAccount:
+def account_for(folder: PublicFolder, family: Family, config: Config) -> ImportAccount:
     """Find the place of every tensor.
 
     Args:
@@ -87,7 +90,7 @@ def account_for(folder: HuggingFaceFolder, family: Family, config: Config) -> Im
     return ImportAccount(maps, duplicates, preserved)
 
 
-def import_folder(folder: HuggingFaceFolder, out: str | Path, *, family: Family, config: Config,
+def import_folder(folder: PublicFolder, out: str | Path, *, family: Family, config: Config,
                   facts: Mapping[str, Any] | None = None,
                   files: Callable[[Path], None] = lambda unfinished: None,
                   advance: Callable[[int], None] = lambda count: None) -> Path:
@@ -126,7 +129,7 @@ class _ReadOnce:
     The digest is that of checkpoint/digest.py: names, dtypes, shapes, and a CRC-32 of each tensor.
     """
 
-    def __init__(self, folder: HuggingFaceFolder) -> None:
+    def __init__(self, folder: PublicFolder) -> None:
         self.folder, self.directory = folder, folder.directory
         self._read: dict[str, int] = {}
 
@@ -154,7 +157,7 @@ def _converted(source: _ReadOnce, maps: list[TensorMap],
         advance(size)
 
 
-def _refuse_difference(folder: HuggingFaceFolder, name: str, of: str) -> None:
+def _refuse_difference(folder: PublicFolder, name: str, of: str) -> None:
     """Raise CheckpointError where a tensor is not the one that it should repeat."""
     shape = folder.shape(name)
     if shape == folder.shape(of) and all(
@@ -168,7 +171,7 @@ def _refuse_difference(folder: HuggingFaceFolder, name: str, of: str) -> None:
         next="tie_word_embeddings: false in config.json, if the model has two")
 
 
-def _keep(folder: HuggingFaceFolder, names: list[str], out: Path) -> None:
+def _keep(folder: PublicFolder, names: list[str], out: Path) -> None:
     """Write tensors of a folder as they are stored."""
     if not names:
         return

@@ -1,6 +1,7 @@
 """A trained model for evaluation and generation: its newest sound checkpoint, its tokenizer and its data.
 
     load_trained        the model; the manifest of its checkpoint says what it was trained on
+    recorded_run        a checkpoint's run without its model
     trained_tokenizer   the tokenizer that reads and writes its text
     trained_dataset     the data that it was trained on, and what was held out
 
@@ -11,11 +12,11 @@ gone is it prepared again from there, and refused if its fingerprint differs.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from moetrain.checkpoint.manifest import newest
+from moetrain.checkpoint.manifest import newest, read_manifest
 from moetrain.checkpoint.records import Manifest
 from moetrain.comm.agreement import all_or_none, from_first
 from moetrain.comm.mesh import Mesh
@@ -37,6 +38,7 @@ from moetrain.files import nearby, shown
 from moetrain.model.build import ConvertModel, build_model
 from moetrain.model.transformer import Transformer
 from moetrain.runs.completion import config_of, trained_config
+from moetrain.runs.origin import origin_of
 from moetrain.train.checkpoint.load import load_newest_model, newest_manifest, other_model
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.session import join
@@ -46,6 +48,50 @@ _PREPARED = ("text", "tokens")  # kinds of data that lie in a prepared folder
 _LOOKED_AT = 256                # documents whose last token is compared
 # Errors of a source that has moved, or is empty now.
 _GONE = ("E-DATA-010", "E-DATA-020", "E-DATA-030", "E-DATA-032")
+
+
+class Origin(Protocol):
+    """What a model was trained with: by it, tokenizer and data are found."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def places(self) -> tuple[Path, ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class RecordedRun(NamedTuple):
+    """The run of a checkpoint, without its model."""
+
+    config: Config
+    directory: Path
+    manifest: Manifest
+    places: tuple[Path, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the data that it was trained on."""
+        return str(self.manifest.facts.get("data"))
+
+
+def recorded_run(config: Config, checkpoint: Path) -> RecordedRun:
+    """Describe the run of a checkpoint.
+
+    Args:
+        config: the config that it was trained with.
+        checkpoint: directory of the checkpoint, in that of the run.
+    """
+    directory = checkpoint.parents[1]
+    return RecordedRun(config, directory, read_manifest(checkpoint), _places(directory, config))
 
 
 class Trained(NamedTuple):
@@ -95,9 +141,14 @@ def load_trained(config: Config, typed: frozenset[str] = frozenset(),
     found = load_newest_model(model, directory, mesh, verify=config.checkpoint.verify)
     model.eval()
     own = as_trained(config, trained_config(directory, found.path), typed)
-    named = (config.data.cache, own.data.cache, own.data.path if own.data.kind == "tokens" else None)
-    places = tuple(dict.fromkeys([directory / "data", *(Path(path) for path in named if path)]))
+    places = _places(directory, own, config.data.cache)
     return Trained(model, mesh, own, directory, found.manifest, places, changes(trained, own))
+
+
+def _places(directory: Path, own: Config, cache: str | None = None) -> tuple[Path, ...]:
+    """Where prepared data of a run may lie; `cache` is the folder that a command names."""
+    named = (cache, own.data.cache, own.data.path if own.data.kind == "tokens" else None)
+    return tuple(dict.fromkeys([directory / "data", *(Path(path) for path in named if path)]))
 
 
 def as_trained(config: Config, trained: Config, typed: frozenset[str]) -> Config:
@@ -141,10 +192,11 @@ def trained_tokenizer(run: Trained) -> Tokenizer | None:
     """The tokenizer that the model was trained with; None where its ids stand for no text. Collective."""
     if run.config.data.kind not in _PREPARED:
         return getattr(trained_dataset(run), "tokenizer", None)
-    return all_or_none(run.mesh["batch"], lambda: _tokenizer(run))
+    return all_or_none(run.mesh["batch"], lambda: prepared_tokenizer(run))
 
 
-def _tokenizer(run: Trained) -> Tokenizer | None:
+def prepared_tokenizer(run: Origin) -> Tokenizer | None:
+    """The tokenizer of a run on prepared text, on one rank alone: beside the data, or where it was read."""
     data, named = run.config.data, run.manifest.facts.get("tokenizer")
     if named == "bytes":
         return load_tokenizer("bytes")
@@ -152,6 +204,9 @@ def _tokenizer(run: Trained) -> Tokenizer | None:
         return found.tokenizer
     if data.kind != "text" or named is None:
         raise _missing(run, "the tokenizer lies with the data")
+    kept = origin_of(run.directory)
+    if kept is not None and not Path(data.tokenizer).exists():   # a run that was imported, and moved since
+        data = replace(data, tokenizer=str(kept / Path(data.tokenizer).name))
     try:
         tokenizer = configured_tokenizer(data)
     except DataError as error:
@@ -263,6 +318,11 @@ def check_tokenizer(tokenizer: Tokenizer, trained: str, path: str) -> None:
 
 def trained_dataset(run: Trained) -> Dataset:
     """Open the data that the run was trained on, with what it held out. Collective."""
+    if "data" not in run.manifest.facts and origin_of(run.directory) is not None:
+        raise DataError(
+            180, "the model was imported, and nothing was held out here", where=nearby(run.directory),
+            why="what it was trained on is not part of a public folder",
+            next=f"moetrain eval {nearby(run.directory)} data.path=<file or folder of text>")
     folder = None
     if run.config.data.kind in _PREPARED:
         folder = from_first(run.mesh["batch"], lambda: _folder(run))
@@ -272,7 +332,7 @@ def trained_dataset(run: Trained) -> Dataset:
     return all_or_none(run.mesh["batch"], lambda: _as_trained(run, dataset))
 
 
-def open_trained(run: Trained) -> Dataset | None:
+def open_trained(run: Origin) -> Dataset | None:
     """Open that data on one rank alone; None where it is missing."""
     folder = _folder(run)
     if folder is None and run.config.data.kind in _PREPARED:
@@ -282,7 +342,7 @@ def open_trained(run: Trained) -> Dataset | None:
         run, build_dataset(_with_path(run.config, folder), run.directory, folder, indexes=indexes))
 
 
-def _folder(run: Trained) -> Path | None:
+def _folder(run: Origin) -> Path | None:
     found = find_prepared(run.fingerprint, run.places)
     return found and found.folder
 
@@ -300,7 +360,7 @@ def _prepared_again(run: Trained) -> Path:
         raise _missing(run, f"{error.what}: {error.where}") from error
 
 
-def _missing(run: Trained, why: str) -> DataError:
+def _missing(run: Origin, why: str) -> DataError:
     return DataError(
         170, "the data that the run was trained on is not there",
         where=", ".join(nearby(place) for place in run.places),
@@ -315,7 +375,7 @@ def _with_path(config: Config, folder: Path | None) -> Config:
             else config)
 
 
-def _as_trained(run: Trained, dataset: Dataset) -> Dataset:
+def _as_trained(run: Origin, dataset: Dataset) -> Dataset:
     if dataset.fingerprint != run.fingerprint:
         raise wrong_data_error(run.config.data.path, dataset.fingerprint, run.fingerprint)
     return dataset
