@@ -6,6 +6,7 @@
     Choice              a key whose values stand for values of ours
     Repeated            a key that repeats what another says
     SharedExperts       n_shared_experts
+    FurtherTokens       num_nextn_predict_layers
     Rotary              base, scaling and rotated part of a head: flat keys, or nested in rope_parameters
     SparseStep          which layers have experts: decoder_sparse_step and mlp_only_layers (Qwen)
     DenseFirst          the same by first_k_dense_replace and moe_layer_freq (DeepSeek, GLM)
@@ -196,6 +197,22 @@ class SharedExperts:
     def write(self, ours: Values) -> dict[str, Any]:
         width = ours["model.expert_dim"]
         return {"n_shared_experts": ours["model.shared_dim"] // width if isinstance(width, int) else 0}
+
+
+@dataclass(frozen=True)
+class FurtherTokens:
+    """Number of multi-token-prediction modules, which are trained only where `model.mtp_layers` asks for it.
+
+    A file may say 1 and hold none, so it is not read.
+    """
+
+    keys = ("num_nextn_predict_layers", "num_mtp_layers")
+
+    def read(self, theirs: Theirs) -> dict[str, Any]:
+        return {}
+
+    def write(self, ours: Values) -> dict[str, Any]:
+        return {"num_nextn_predict_layers": ours["model.mtp_layers"]}
 
 
 @dataclass(frozen=True)

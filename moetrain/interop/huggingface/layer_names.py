@@ -20,9 +20,9 @@ from typing import NamedTuple
 from moetrain.config.layer_pattern import (
     dense_width,
     is_sparse,
+    mtp_layer,
     per_layer,
     shared_width,
-    sparse_layers,
 )
 from moetrain.config.schema import Config, ModelConfig
 from moetrain.interop.huggingface.semantics import CLAMPED_SWIGLU, SIGMOID, TOPK, head_width
@@ -143,7 +143,7 @@ def module_maps(config: Config, names: LayerNames, *, ours: str, theirs: str) ->
            for mine, other in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm"))
            for part in norm_parts(config.model)]
     return [*own, renamed(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight"),
-            *layer_maps(config, sparse_layers(config.model)[-1], names, ours=ours, theirs=theirs)]
+            *layer_maps(config, mtp_layer(config.model), names, ours=ours, theirs=theirs)]
 
 
 def layer_maps(config: Config, layer: int, names: LayerNames, *, ours: str,

@@ -3,6 +3,7 @@
 transformers computes norms and weights of routers in float32, so both are compared in float32.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.errors import CheckpointError
 from moetrain.interop.huggingface.families import FAMILIES
 from moetrain.model.build import weights_on_meta
 from moetrain.parallel.state_shards import state_shards
@@ -118,3 +120,24 @@ def test_the_function_is_that_of_the_published_formulas(family: str) -> None:
     with torch.no_grad():
         found = logits_of(mine, ids)[0]
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_modules_that_predict_further_are_layers_behind_the_last(family: str) -> None:
+    """Every tensor of a model that trains them has its name; copies of embedding and head must be equal."""
+    bare = run_config(made(family).config)
+    config = replace(bare, model=replace(bare.model, mtp_layers=1))
+    mine = {name: torch.randn(shard.shape) for name, shard in weights_on_meta(config, 48).items()}
+    back = to_theirs(config, mine, family)
+    behind = f"model.layers.{config.model.num_layers}."
+    assert {f"{behind}{name}.weight" for name in (
+        "enorm", "hnorm", "eh_proj", "shared_head.norm", "embed_tokens", "shared_head.head",
+        "mlp.gate")} <= back.keys()
+    assert torch.equal(back[f"{behind}shared_head.head.weight"], back["lm_head.weight"])
+    again = to_ours(config, back, family)
+    assert again.keys() == mine.keys() and all(torch.equal(again[name], mine[name]) for name in mine)
+    written = FAMILIES[family].write_config(config, 48, made(family).config)
+    assert written["num_nextn_predict_layers"] == 1 and FAMILIES[family].refusals(config) == []
+    assert "model.mtp_layers" in [key for key, _ in FAMILIES["mixtral"].refusals(config)]
+    with pytest.raises(CheckpointError, match="E-CHECKPOINT-038"):
+        to_ours(config, {**back, f"{behind}embed_tokens.weight": torch.zeros(48, 16)}, family)

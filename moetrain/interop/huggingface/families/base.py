@@ -232,7 +232,7 @@ class Family:
         """
         sizes = config.model
         names = self.spellings[spelling or next(iter(self.spellings))]
-        further = [f"model.layers.{sizes.num_layers + module}." for module in range(_mtp_layers(sizes))]
+        further = [f"model.layers.{sizes.num_layers + module}." for module in range(sizes.mtp_layers)]
         yield [copied("model.embed", [f"{path}embed_tokens.weight" for path in ("model.", *further)])]
         for layer in range(sizes.num_layers):
             yield layer_maps(config, layer, names, ours=f"model.layers.{layer}.",
@@ -259,13 +259,9 @@ class Family:
             config: the config of the model.
         """
         found = _LAYER.match(name)
-        layers = config.model.num_layers + _mtp_layers(config.model)
+        layers = config.model.num_layers + config.model.mtp_layers
         beyond = self.predicts_further and found is not None and int(found[1]) >= layers
         return beyond or _FREQUENCIES.fullmatch(name) is not None
-
-
-def _mtp_layers(sizes: Any) -> int:
-    return getattr(sizes, "mtp_layers", 0)
 
 
 def _positions(config: Config) -> int:

@@ -3,7 +3,7 @@
 Its files hold multi-token-prediction modules as layers behind the last (`num_nextn_predict_layers`).
 """
 
-from moetrain.interop.huggingface.config_rules import DenseFirst, Rotary, Same, SharedExperts
+from moetrain.interop.huggingface.config_rules import DenseFirst, FurtherTokens, Rotary, Same, SharedExperts
 from moetrain.interop.huggingface.families.base import Family
 from moetrain.interop.huggingface.families.deepseek_v2 import SIZES
 from moetrain.interop.huggingface.layer_names import FUSED_SWIGLU, LayerNames, swiglu_experts
@@ -25,6 +25,7 @@ class DeepseekV3(Family):
         Rotary(),
         DenseFirst(default=3),
         SharedExperts(default=1),
+        FurtherTokens(),
         SigmoidRouter(groups=(8, 4), scale=2.5),
     ]
     spellings = {

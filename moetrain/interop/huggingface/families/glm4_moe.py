@@ -3,7 +3,14 @@
 Its files hold a multi-token-prediction module as the layer behind the last (`num_nextn_predict_layers`).
 """
 
-from moetrain.interop.huggingface.config_rules import Choice, DenseFirst, Rotary, Same, SharedExperts
+from moetrain.interop.huggingface.config_rules import (
+    Choice,
+    DenseFirst,
+    FurtherTokens,
+    Rotary,
+    Same,
+    SharedExperts,
+)
 from moetrain.interop.huggingface.families.base import Family, head_dim, kv_heads, sizes_of
 from moetrain.interop.huggingface.families.deepseek_v3 import PARTS
 from moetrain.interop.huggingface.layer_names import FUSED_SWIGLU, LayerNames, swiglu_experts
@@ -26,6 +33,7 @@ class Glm4Moe(Family):
         Rotary(partial=0.5),
         DenseFirst(default=1),
         SharedExperts(default=1),
+        FurtherTokens(),
         SigmoidRouter(groups=(1, 1), scale=1.0),
     ]
     spellings = {
