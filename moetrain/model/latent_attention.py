@@ -89,7 +89,7 @@ class LatentAttention(nn.Module):
         if earlier is not None:
             c, k_r = earlier.extend(c, k_r)
             assert S == 1 or c.shape[2] == S, f"{S} positions at once after {c.shape[2] - S} earlier ones"
-        if S == 1 and c.shape[2] > 1 and self.kv_b.low_rank is None:
+        if S == 1 and c.shape[2] > 1 and self._is_one_matrix():
             return self.out(self._of_latents(q_n, q_r, c, k_r).flatten(1)[:, None])
         kv = self.kv_b(c[:, 0]).view(B, -1, self.num_heads, self.nope_dim + self.value_dim).transpose(1, 2)
         k_n, v = kv.split([self.nope_dim, self.value_dim], dim=-1)
@@ -107,6 +107,10 @@ class LatentAttention(nn.Module):
             return self.q(x_BSD)
         assert self.q_a is not None and self.q_a_norm is not None and self.q_b is not None
         return self.q_b(self.q_a_norm(self.q_a(x_BSD)))
+
+    def _is_one_matrix(self) -> bool:
+        """Whether latents are multiplied with one matrix: convert_model may add to it, or replace it."""
+        return type(self.kv_b) is Projection and self.kv_b.bias is None and self.kv_b.low_rank is None
 
     def _of_latents(self, q_n: Tensor, q_r: Tensor, c: Tensor, k_r: Tensor) -> Tensor:
         """Let one query of each head read the latents.

@@ -69,6 +69,8 @@ BROKEN = [
      ["model.qk_rope_head_dim=4"]),
     (["model.attention=mla", "model.partial_rotary_factor=0.5"], 300, "model.partial_rotary_factor=1",
      ["model.partial_rotary_factor=1"]),
+    (["model.attention=mla", "model.sliding_window=8"], 300, "model.sliding_window=null",
+     ["model.sliding_window=null"]),
     (["model.block=chain", "model.residual_multiplier=0.5"], 298, "model.residual_multiplier=1",
      ["model.residual_multiplier=1"]),
     (["model.mtp_layers=128"], 308, "model.mtp_layers=127", ["model.mtp_layers=127"]),

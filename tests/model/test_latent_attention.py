@@ -5,11 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.comm.mesh import lone_mesh
+from moetrain.config.compose import compose
 from moetrain.config.rope_scaling import yarn_logit_factor
 from moetrain.generate.cache import LayerKeyValues
 from moetrain.model.attention import document_mask
+from moetrain.model.build import meta_model
 from moetrain.model.latent_attention import LatentAttention
 from moetrain.train.optim.muon import matrix_rows
+from tests.support.any_router import MLA
 from tests.support.rotary import table
 from tests.support.stock_transformers import config_of, in_float64, stock
 
@@ -79,6 +83,40 @@ def test_a_token_alone_reads_the_latents_of_earlier_ones(q_rank, first):
     for position in range(first, 5):
         parts.append(module(x_BSD[:, position:position + 1], table(1, R, first=position), None, earlier))
     torch.testing.assert_close(torch.cat(parts, 1), module(x_BSD, table(5, R), None), rtol=1e-12, atol=1e-12)
+
+
+def low_rank(module: LatentAttention) -> None:
+    module.kv_b.add_low_rank(2)
+
+
+def biased(module: LatentAttention) -> None:
+    module.kv_b.bias = torch.nn.Parameter(torch.empty(H * (N + V)))
+
+
+def replaced(module: LatentAttention) -> None:
+    module.kv_b = torch.nn.Sequential(module.kv_b, torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [low_rank, biased, replaced])
+def test_a_map_of_the_latents_that_is_no_single_matrix_is_called(change):
+    """What convert_model has made of it: a token alone must not read its matrix."""
+    module, x_BSD = attention(None), torch.randn(1, 3, D, dtype=F64)
+    change(module)
+    module.to(F64)
+    for parameter in module.kv_b.parameters():
+        torch.nn.init.normal_(parameter)
+    earlier = LayerKeyValues(*(torch.empty(1, 1, 3, width, dtype=F64) for _, width in module.cached))
+    parts = [module(x_BSD[:, at:at + 1], table(1, R, first=at), None, earlier) for at in range(3)]
+    torch.testing.assert_close(torch.cat(parts, 1), module(x_BSD, table(3, R), None), rtol=1e-12, atol=1e-12)
+
+
+def test_the_scale_is_that_of_the_config_or_of_yarn():
+    words = ["experiment=debug", *MLA, "model.rope_scaling={type: yarn, factor: 4, mscale_all_dim: 1, "
+             "original_max_position_embeddings: 8}"]
+    models = [meta_model(compose([*words, *more]), 50, lone_mesh(torch.device("cpu")))
+              for more in ([], ["model.attention_multiplier=0.25"])]
+    of_yarn = pytest.approx(6**-0.5 * (0.1 * np.log(4) + 1) ** 2)
+    assert [model.layers[0].attention.scale for model in models] == [of_yarn, 0.25]
 
 
 @pytest.mark.parametrize("q_rank, interleaved, bias", [

@@ -87,7 +87,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
                   "router.weights=raw"),
     "sliced_attention": ("model.attention=sliced", "model.block=sliced", "model.num_kv_heads=4",
                          "router.weights=raw"),
-    "latent_attention": (*MLA, "model.q_lora_rank=7", "optim=muon", "model.rope_interleaved=true"),
+    "latent_attention": (*MLA, "model.q_lora_rank=7", "optim=muon", "model.rope_interleaved=true",
+                         "model.attention_bias=all", "model.attention_multiplier=0.4"),
     "scaled_stream": (
         "model.norm=layer", "model.head_bias=true", "model.embedding_multiplier=3",
         "model.residual_multiplier=0.5", "model.logits_scaling=2", "model.head_dim=8",

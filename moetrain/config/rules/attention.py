@@ -1,4 +1,4 @@
-"""Rules about options of plain attention, which other kinds of attention lack, and about its windows."""
+"""Options of plain attention, which other kinds of attention lack, and rules about its windows."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from moetrain.config.schema import Config
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
-# Options of plain attention alone, with the values that are as if there were none.
+# Options of plain attention, with the values that are as if there were none. Attention experts and slices
+# hold none of them, latents two (latent_attention.py).
 PLAIN_ATTENTION = {"qk_norm": "none", "clip_qkv": None, "attention_bias": "none", "attention_sinks": False,
                    "sliding_window": None, "attention_multiplier": None}
 

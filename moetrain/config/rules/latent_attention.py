@@ -1,15 +1,16 @@
 """Rules about multi-head latent attention (`model.attention=mla`)."""
 
 from collections.abc import Iterator
-from typing import Any
 
+from moetrain.config.rules.attention import PLAIN_ATTENTION
 from moetrain.config.schema import Config
 from moetrain.config.values import show
 from moetrain.errors import ConfigError
 
 # Options of plain attention that latents do not hold, with the values that are as if there were none.
-_NOT_HELD: dict[str, Any] = {"qk_norm": "none", "clip_qkv": None, "attention_sinks": False,
-                             "sliding_window": None, "partial_rotary_factor": 1.0}
+_HELD = ("attention_bias", "attention_multiplier")
+_NOT_HELD = {"partial_rotary_factor": 1.0} | {
+    name: none for name, none in PLAIN_ATTENTION.items() if name not in _HELD}
 
 
 def latent_attention(config: Config, ranks: int) -> Iterator[ConfigError]:
@@ -28,5 +29,5 @@ def latent_attention(config: Config, ranks: int) -> Iterator[ConfigError]:
             yield ConfigError(
                 300, f"model.attention=mla with model.{name}={show(value)}",
                 where=f"model.{name}, model.attention",
-                why="its queries and keys have norms, and channels that turn, of their own",
+                why="latents have norms and channels that turn of their own, and neither sinks nor windows",
                 next=f"model.{name}={show(none)}; or model.attention=plain")

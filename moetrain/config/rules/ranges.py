@@ -86,7 +86,7 @@ RANGES: dict[str, list[str]] = {
     "0 or more": [
         "parallel.max_copies", "parallel.rehome_interval", "parallel.max_sliced_experts",
         "hardware.latency_s", "run.seed", "data.seed", "run.max_restarts", "run.grace_s",
-        "model.num_experts", "model.top_k", "model.moe_layers",
+        "model.num_experts", "model.top_k", "model.moe_layers", "model.sliding_layers",
         "model.num_shared_experts", "model.first_dense_layers", "model.mtp_layers", "train.clip",
         "train.head_chunk", "optim.weight_decay", "optim.router_lr_scale", "optim.expert_lr_scale",
         "optim.warmup",
