@@ -136,7 +136,7 @@ def _config_of(folder: DcpFolder) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             46, f"a DCP folder has no {CONFIG} that can be read", where=str(path), why=reason(error),
-            next=f"copy the model's {CONFIG} into the folder, or name it; the folder holds "
+            next=f"config=<the model's {CONFIG}>, or copy it into the folder, which holds "
                  f"{_there(folder)}") from error
     return config if isinstance(config, dict) else {}
 
