@@ -7,6 +7,7 @@ tests/docs/test_reference.py compares the committed page with `page()`, so the p
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moetrain.cli.help import comment, keys_of
 from moetrain.config import readers
@@ -14,7 +15,7 @@ from moetrain.config.compose import _FREE_ON_RESUME
 from moetrain.config.groups import config_dir, default_options, group_options, is_global, section_of
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.trained_keys import CHANGING, FIXED
-from moetrain.config.values import Key, leaves, schema_keys, schema_sections, show, type_name
+from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
 from moetrain.config.yaml_file import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "config.md"
@@ -119,9 +120,20 @@ def _sets(group: str, file: Path) -> str:
               for name, option in entry.items()]
     section = "" if is_global(file) else section_of(group)
     keys = schema_keys()
-    values = [f"{path}={show(value)}" for path, value in leaves(tree, section)
+    values = [f"{path}={show(value)}" for path, value in _values(tree, section)
               if path not in keys or keys[path].default != value]
     return " ".join(f"`{text}`" for text in [*chosen, *values]) or "the defaults"
+
+
+def _values(tree: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """Iterate over the keys that a file sets; the value of a key may be a mapping."""
+    keys = schema_keys()
+    for name, value in tree.items():
+        inside = f"{path}.{name}" if path else name
+        if isinstance(value, dict) and inside not in keys:
+            yield from _values(value, inside)
+        else:
+            yield inside, value
 
 
 def _type(key: Key, valid: str) -> str:
