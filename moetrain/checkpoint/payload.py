@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from moetrain.checkpoint.disk import new_file
 from moetrain.checkpoint.manifest import damaged
 from moetrain.checkpoint.records import BLOCK, ITEM_BYTES, ByteRange, PayloadFile, row_count
+from moetrain.errors import CheckpointError
 from moetrain.files import open_descriptor, reason
 
 
@@ -156,13 +157,34 @@ class Payload:
                 start, stop = max(start, begin), min(stop, end)
             content = self._read(part.begin + start, stop - start)
             if check and zlib.crc32(content) != part.crcs[number]:
-                place = f"bytes {part.begin + start} to {part.begin + stop}"
-                raise damaged(self.path, f"{part.key} ({place}) does not match its checksum")
+                raise self._altered(part, start, stop)
             yield memoryview(content)[max(0, begin - start):min(end, stop) - start]
+
+    def fill(self, part: ByteRange, block: int, into: memoryview) -> None:
+        """Read a whole part into memory, and compare every block with its checksum.
+
+        Args:
+            part: a range of bytes in this file.
+            block: bytes under one checksum.
+            into: as many bytes.
+        """
+        for number, start in enumerate(range(0, part.length, block)):
+            view = into[start:start + block]
+            self._read_into(part.begin + start, view)
+            if zlib.crc32(view) != part.crcs[number]:
+                raise self._altered(part, start, start + len(view))
+
+    def _altered(self, part: ByteRange, start: int, stop: int) -> CheckpointError:
+        place = f"bytes {part.begin + start} to {part.begin + stop}"
+        return damaged(self.path, f"{part.key} ({place}) does not match its checksum")
 
     def _read(self, begin: int, length: int) -> bytearray:
         content = bytearray(length)
-        view, got = memoryview(content), 0
+        self._read_into(begin, memoryview(content))
+        return content
+
+    def _read_into(self, begin: int, view: memoryview) -> None:
+        length, got = len(view), 0
         while got < length:
             try:
                 count = os.preadv(self.descriptor, [view[got:]], begin + got)
@@ -171,4 +193,3 @@ class Payload:
             if not count:
                 raise damaged(self.path, f"it ends at byte {begin + got}")
             got += count
-        return content

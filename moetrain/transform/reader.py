@@ -96,14 +96,15 @@ class WeightsReader:
         entry = self.manifest.entry(name)
         if entry is None:
             raise KeyError(name)
-        content, width = bytearray(), row_bytes(entry)
+        tensor, width, begin = torch.empty(entry.shape, dtype=DTYPES[entry.dtype]), row_bytes(entry), 0
+        if not tensor.numel():
+            return tensor
+        content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         for chunk in entry.chunks:
             part = ByteRange(chunk.begin, chunk.rows * width, name, entry.dtype, entry.shape, chunk.crcs)
-            for block in self._file(chunk.file).blocks(part, self.manifest.block, 0, part.length):
-                content += block
-        if not content:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return torch.frombuffer(content, dtype=DTYPES[entry.dtype]).view(entry.shape)
+            self._file(chunk.file).fill(part, self.manifest.block, content[begin:begin + part.length])
+            begin += part.length
+        return tensor
 
     def __enter__(self) -> "WeightsReader":
         return self

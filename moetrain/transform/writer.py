@@ -7,13 +7,14 @@ Evaluation, generation, inspect and `init.from` work on it at once. Training can
 is no optimizer; `init.from` begins from it. A transform that makes moments of an optimizer, too, hands over a
 `Training`: the checkpoint then has a step, and training goes on there.
 
-No more than one tensor and a buffer, of an eighth of the largest layer, are in memory. The directory is
+No more than one tensor and two buffers, of a twelfth of the largest layer, are in memory. The directory is
 complete when `write_run` returns, and a failure leaves no checkpoint behind.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -44,7 +45,7 @@ from moetrain.transform.reader import WeightsReader
 
 # Bytes of tensors that are collected before they are written: of a layer a small part, so that it makes no
 # difference to the memory that a layer needs, and enough for few files and long writes.
-_LEAST, _MOST, _PART = 8 << 20, 256 << 20, 8
+_LEAST, _MOST, _PART = 8 << 20, 256 << 20, 12
 
 
 class Training(NamedTuple):
@@ -136,6 +137,8 @@ def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
     disk.remove_tree(temporary)
     found: dict[str, TensorKind] = {}
     parts, items, size = 0, list[TensorRows](), 0
+    thread = ThreadPoolExecutor(1)               # writes a buffer while the next one is filled
+    under_way: Future[None] = thread.submit(lambda: None)
     try:
         for name, tensor in tensors:
             if name in found:
@@ -147,22 +150,26 @@ def _write_checkpoint(directory: Path, expected: dict[str, TensorKind],
             items.append(_item(name, tensor, kind))
             size += len(items[-1].content)
             if size >= buffer:
-                write_rank(temporary, parts, items, step)
+                under_way.result()
+                under_way = thread.submit(write_rank, temporary, parts, items, step)
                 parts, items, size = parts + 1, [], 0
+        under_way.result()
         if differ := differences(expected, found):
             raise _misfit(directory, differ)
         write_rank(temporary, parts, items, step)
         commit(temporary, final, ranks=parts + 1, facts=facts,
                values={"step": step, "tokens": training.tokens})
     except BaseException:
+        thread.shutdown()
         with suppress(OSError):
             disk.remove_tree(temporary)
         raise
+    thread.shutdown()
     return final
 
 
 def _buffer(expected: dict[str, TensorKind]) -> int:
-    """Bytes that are collected: an eighth of the largest layer."""
+    """Bytes that are collected: a twelfth of the largest layer."""
     layers = Counter[str]()
     for name, kind in expected.items():
         layers[".".join(name.split(".")[:3])] += ITEM_BYTES[kind.dtype] * prod(kind.shape)
