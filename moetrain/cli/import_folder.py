@@ -100,7 +100,8 @@ def _lines(directory: Path, out: Path, found: "Imported") -> Iterator[str]:
         ("run", nearby(out)),
         ("next", f"moetrain inspect {name}")]
     yield from (f"{label:10s}{text}" for label, text in rows if text)
-    yield f"{'':10s}moetrain train init.from={name} run.name=<name> data.path=<text>"
-    yield f"{'':10s}moetrain eval {name} data.path=<held-out text>"
+    read_with = "" if tokenizer else " data.tokenizer=<its tokenizer.json>"
+    yield f"{'':10s}moetrain train init.from={name} run.name=<name> data.path=<text>{read_with}"
     if tokenizer:
+        yield f"{'':10s}moetrain eval {name} data.path=<held-out text>"
         yield f"{'':10s}moetrain generate {name} generate.prompt='…'"
