@@ -137,8 +137,8 @@ def model(manifest: Manifest) -> str:
     beside = f" ({sparse} with experts)" if sparse != sizes.get("num_layers", sparse) else ""
     words = {"num_layers": f"layers{beside}", "dim": "wide", "num_experts": "experts", "top_k": "a token",
              "expert_dim": "wide each", "num_shared_experts": "shared"}
-    if sizes.get("mtp_layers"):
-        words["mtp_layers"] = "modules of multi-token prediction"
+    if modules := sizes.get("mtp_layers"):
+        words["mtp_layers"] = f"module{'s' * (modules > 1)} of multi-token prediction"
     return ", ".join(f"{sizes[key]} {word}" for key, word in words.items() if key in sizes) or "unknown"
 
 

@@ -34,7 +34,7 @@ MANY = [                                                 # of four ranks
      "~balance.weight", "train.activation_checkpointing=selective"],
 ]
 ONE = [["parallel=single", "log.wandb=offline", "router=stochastic", "router.granularity=batch"],
-       ["parallel=single", "balance=sequence"]]
+       ["parallel=single", "balance=sequence", "model.mtp_layers=2"]]
 METRICS = {"step": 1200, "loss/ce": 3.1416, "lr": 2.9e-4, "grad_norm": 0.8, "loss/balance": 1.02,
            "loss/z": 12.0, "moe/max_violation/max": 0.18, "moe/dead_experts": 0, "moe/drop_fraction": 0.0,
            "time/step": 1.27, "throughput/tokens_per_s": 412345.0, "throughput/mfu": 0.4,
