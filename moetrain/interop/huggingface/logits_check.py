@@ -105,6 +105,9 @@ def _stock_logits(folder: Path, tokens_BS: Tensor) -> tuple[Tensor, dict[str, An
         attn_implementation="eager", output_loading_info=True)
     loading = {name: sorted(map(str, info.get(name) or ())) for name in
                ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    # Modules that predict further tokens lie behind the last layer; transformers has no place for them.
+    loading["unexpected_keys"] = [name for name in loading["unexpected_keys"]
+                                  if not _is_behind(name, model.config.num_hidden_layers)]
     if wrong := {name: keys for name, keys in loading.items() if keys}:
         raise CheckpointError(
             52, "transformers does not find the tensors that it expects", where=str(folder),
@@ -113,6 +116,12 @@ def _stock_logits(folder: Path, tokens_BS: Tensor) -> tuple[Tensor, dict[str, An
     with torch.no_grad():
         logits_BSV = model.eval()(tokens_BS, use_cache=False).logits.float()
     return logits_BSV, {**loading, "class": type(model).__name__}
+
+
+def _is_behind(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer behind the last of so many."""
+    parts = name.split(".")
+    return parts[:2] == ["model", "layers"] and parts[2].isdecimal() and int(parts[2]) >= layers
 
 
 def _our_logits(reader: WeightsReader, maps: Sequence[TensorMap], dtypes: Mapping[str, str],

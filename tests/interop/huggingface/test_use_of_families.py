@@ -1,5 +1,7 @@
 """Imported models generate, train on, run on every mesh, and load in transformers again."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -9,15 +11,19 @@ from torch import Tensor
 
 from moetrain.config.schema import Config
 from moetrain.generate.sample import IncrementalModel, text_key
+from moetrain.interop.huggingface.exporting import export_weights
 from moetrain.interop.huggingface.families import FAMILIES
 from moetrain.interop.huggingface.folder import open_folder
+from moetrain.interop.huggingface.folder_writer import FolderWriter
 from moetrain.interop.huggingface.importing import import_folder
-from moetrain.model.build import build_model
+from moetrain.interop.huggingface.logits_check import compare_logits
+from moetrain.model.build import build_model, weights_on_meta
 from moetrain.parallel.state_shards import weights
 from moetrain.train.checkpoint.load import load_weights
 from moetrain.train.session import join
 from moetrain.train.setup import set_up
 from moetrain.train.step import train_step
+from moetrain.transform import open_weights, write_run
 from tests.support import needs
 from tests.support.public_models import (
     OF_FAMILY,
@@ -89,6 +95,23 @@ def logits_on_a_mesh(config: Config, checkpoint: Path, ids: Tensor) -> Tensor:
     load_weights(model, checkpoint, mesh, verify="full")
     with torch.no_grad():
         return logits_of(model.eval(), ids)
+
+
+def test_a_model_that_predicts_further_passes_the_check_of_its_logits(made, tmp_path: Path) -> None:
+    """Stock transformers has no place for its modules, which lie behind the last layer."""
+    bare = run_config(made("deepseek_v3").config)
+    config = replace(bare, model=replace(bare.model, mtp_layers=1))
+    shapes = {name: shard.shape for name, shard in weights_on_meta(config, 48).items()}
+    run = write_run(tmp_path / "run", config, ((name, 0.1 * torch.randn(shape)) for name, shape in
+                                               shapes.items()), vocab_size=48)
+    family = FAMILIES["deepseek_v3"]
+    with open_weights(run) as reader, FolderWriter(tmp_path / "out") as writer:
+        export_weights(reader, family, writer)
+        writer.write("config.json", json.dumps(family.from_config(config, 48)))
+    maps = [one for layer in family.tensor_maps(config, 48) for one in layer]
+    with open_weights(run) as reader:
+        found = compare_logits(reader, maps, tmp_path / "out", {}, torch.randint(0, 48, (2, 11)))
+    assert found["max_abs_delta"] <= found["tolerance"] and not found["unexpected_keys"]
 
 
 CASES = [("mixtral", "ep"), ("qwen3_moe", "fssdp")]
