@@ -83,7 +83,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-No code of this folder is run. Tokenizer: {facts.check["tokenizer"]}.'''
+No code of this folder is run. Tokenizer: {facts.check["tokenizer"]}. `moetrain generate` puts the id that
+ends a document before the prompt, as it stands before each document in training.'''
 
 
 def _sizes(facts: CardFacts) -> str:

@@ -51,7 +51,7 @@ def test_transformers_loads_the_folder_and_continues_texts_alike(
         here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained("out")
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
-    ids = tokenizer("letters 7", return_tensors="pt").input_ids
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("letters 7").input_ids]])   # as generate begins
     theirs = tokenizer.decode(model.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1]:])
     ours = said(capsys, 0, "generate", "mine", "generate.prompt=letters 7", "generate.tokens=7",
                 "generate.temperature=0", "--json")
