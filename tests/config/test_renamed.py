@@ -147,3 +147,10 @@ def test_a_part_that_has_an_argument_of_the_old_name_keeps_it(tmp_path: Path,
     node = {"_target_": "moetrain.parts.Mine", "centre": False}
     given = {"router": node, "run": None, "expert": {}, "language_loss": {}}
     assert renamed.translate(given) == given
+
+
+@pytest.mark.parametrize("recorded, now", [(False, "none"), (True, "head")])
+def test_norms_of_queries_and_keys_that_were_switched_are_those_of_each_head(recorded, now):
+    values = asdict(compose(["experiment=debug"]))
+    values["model"]["qk_norm"] = recorded
+    assert renamed.translate(values)["model"]["qk_norm"] == now
