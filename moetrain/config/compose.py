@@ -33,6 +33,7 @@ from moetrain.config.groups import (
     config_dir,
     default_options,
     group_of,
+    group_options,
     is_global,
     option_file,
     section_of,
@@ -370,8 +371,13 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
                        for values in (before, now))
     if old.run.seed == new.run.seed:  # null and the number that it stands for are the same data
         before["data.seed"], now["data.seed"] = old.data_seed, new.data_seed
+    other_parts = {path.removesuffix("_target_") for path in {*before, *now} if path.endswith("._target_")
+                   and not path.startswith("loss.") and before.get(path) != now.get(path)}
     errors = []
     for path in dict.fromkeys([*before, *now]):
+        section, _, argument = path.partition(".")
+        if f"{section}." in other_parts and argument != "_target_":  # arguments of two parts do not compare
+            continue
         if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
             continue
         if path == "run.dtype" and now[path] == "auto":  # resolves to that of the run (train/session.py)
@@ -383,9 +389,19 @@ def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigErro
             errors.append(ConfigError(
                 16, f"{path} was {was} and is {becomes} now", where=path,
                 why="the run was trained with the first value and cannot go on with another",
-                next=f"{path}={was}, or another run.name" if path in before else
+                next=f"{_chosen_by(path, was) or f'{path}={was}'}, or another run.name" if path in before else
                      f"leave {path} out, or another run.name"))
     return errors
+
+
+def _chosen_by(path: str, value: str) -> str | None:
+    """Name the option of a group that chooses a part, as one types it; None if none or several do."""
+    group = group_of(path.partition(".")[0])
+    if path.partition(".")[2] != "_target_":
+        return None
+    found = [option for option in group_options().get(group, [])
+             if load(option_file(group, option)).get("_target_") == value]
+    return f"{group}={found[0]}" if len(found) == 1 else None
 
 
 def _same_place(old: str | None, new: str | None) -> bool:

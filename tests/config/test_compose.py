@@ -271,6 +271,15 @@ def test_resume_may_change_how_but_not_what() -> None:
     assert "128" in refused["model.dim"].what and "64" in refused["model.dim"].what
 
 
+def test_another_part_is_one_conflict_and_the_advice_goes_on_with_the_first() -> None:
+    old = compose(["experiment=debug", "router=recurrent", "expert=gpt_oss"])
+    conflicts = resume_conflicts(old, compose(["experiment=debug", "router=cosine"]))
+    assert [error.where for error in conflicts] == ["router._target_", "expert._target_"]
+    advised = [error.next.partition(",")[0] for error in conflicts]
+    assert advised == ["router=recurrent", "expert=gpt_oss"]
+    assert resume_conflicts(old, compose(["experiment=debug", *advised])) == []
+
+
 def test_a_sweep_over_seeds_sees_the_same_generated_data(tmp_path: Path) -> None:
     assert [compose(["data=synthetic", f"run.seed={seed}"]).data_seed for seed in (1, 2)] == [0, 0]
     assert compose(["run.seed=3"]).data_seed == 3 and compose(["run.seed=3", "data.seed=1"]).data_seed == 1
