@@ -110,10 +110,12 @@ def _churn(found: Evaluations, path: Path) -> None:
         headline = "Churn: tokens whose first expert changes between evaluations"
     with _picture(path, headline, _names(found), 2) as ((left, right), lettering):
         for number, (name, shares_S, flips_S) in enumerate(zip(_names(found), shares_SR.T, flips_SR.T)):
-            _line(left, steps, shares_S, number, lettering(name))
-            _line(right, steps, flips_S, number, lettering(name))
-        left.plot(to_last_steps, to_last, color="0.35", linewidth=2.4, alpha=0.6,
-                  label="from here to the last, mean")
+            if len(steps):  # a legend of lines that are not there would take the panel's place
+                _line(left, steps, shares_S, number, lettering(name))
+                _line(right, steps, flips_S, number, lettering(name))
+        if len(steps):
+            left.plot(to_last_steps, to_last, color="0.35", linewidth=2.4, alpha=0.6,
+                      label="from here to the last, mean")
         left.set_title("First choices that differ from the evaluation before", loc="left")
         left.set_ylabel("share of the probe's tokens")
         right.set_title("Flips", loc="left")
@@ -189,7 +191,7 @@ def _experts(found: Evaluations, path: Path) -> None:
         _bars(right, {"inputs' spread between first choices": explained(last),
                       "tokens without an expert": last.unrouted[0] / max(1, int(last.tokens[0]))},
               found, lettering)
-        right.set_title(f"Clusters of representations, and zero activations, step {last.step}", loc="left")
+        right.set_title(f"Spread of inputs, and tokens without an expert, step {last.step}", loc="left")
         right.set_ylabel("share")
 
 
@@ -241,4 +243,5 @@ def _over_steps(axes: Any, steps: np.ndarray) -> None:
     axes.set_ylim(0, max(0.01, 1.05 * axes.get_ylim()[1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="0.9")
-    axes.legend(frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)

@@ -45,6 +45,14 @@ def test_one_evaluation_of_one_router_is_drawn_and_drops_only_where_there_are_an
     assert len(draw_routing(recorded(tmp_path, [1], experts=(128,), drops=False))) == 5 and not recwarn.list
 
 
+def test_churn_of_one_evaluation_keeps_the_width_of_its_panels(tmp_path: Path) -> None:
+    """A legend without lines made the constrained layout shrink them."""
+    draw_routing(recorded(tmp_path, [1]))
+    ink = imread(tmp_path / "report" / "routing_churn.png")[..., :3].mean(-1)
+    axis = (ink < 0.5).sum(1).max()  # the row of pixels of the lower spines
+    assert axis > ink.shape[1] // 2
+
+
 def test_a_run_without_records_has_no_pictures(tmp_path: Path) -> None:
     assert draw_routing(tmp_path) == [] and read_evaluations(tmp_path) is None
 
