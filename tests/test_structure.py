@@ -191,7 +191,8 @@ COVERS = {
     "config/test_bounds": "config/rules/ranges",
     "config/test_checks": "config/rules/{attention,data,losses,model,optim,parallel,paths} "
                           "config/rules/{latent_attention,multi_token,rotary,routers,run,train,wording}",
-    "config/test_compose": "config/{groups,key,origins,overrides,parallel_schema,schema,tree,values} errors",
+    "config/test_compose": "config/{groups,key,origins,overrides,parallel_schema,resumed,schema,tree,values} "
+                           "errors",
     "config/test_sizes": "config/architecture",
     "config/test_text_and_paths": "config/sweep",
     "data/account/test_ledgers": "data/account/text",

@@ -5,7 +5,6 @@
     typed_keys(overrides)   keys and groups that a command line sets
     from_yaml, to_yaml      the resolved config of a run, in its config.yaml
     recorded                the same from the manifest of a checkpoint
-    resume_conflicts        keys that differ although a resumed run may not change them
 
 Precedence, the last one wins: defaults of the schema, conf/config.yaml, options of the groups, experiments,
 options on the command line, values on the command line. An option on the command line replaces its whole
@@ -21,7 +20,6 @@ or the constructor of its part, and runs the rules between keys (config/checks.p
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ from moetrain.config.groups import (
     config_dir,
     default_options,
     group_of,
-    group_options,
     is_global,
     option_file,
     section_of,
@@ -42,27 +39,18 @@ from moetrain.config.groups import (
 )
 from moetrain.config.overrides import Command, Problems, read
 from moetrain.config.parallel_schema import ParallelConfig
-from moetrain.config.recorded_paths import with_absolute_paths
 from moetrain.config.renamed import translate
+from moetrain.config.resumed import conflicts
 from moetrain.config.run_names import RUN_KEYS, bare_run, find_run
 from moetrain.config.schema import Config
 from moetrain.config.taken_over import source_config, take_over
 from moetrain.config.trained_keys import is_fixed, refuse_starts, with_trained_widths
-from moetrain.config.values import as_tree, flatten, show
+from moetrain.config.values import as_tree, show
 from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError, ConfigErrors
 from moetrain.files import read_json, shown
 from moetrain.packages import option_folders
 
-# Keys that a resumed run may change; a trailing dot means the whole section.
-_FREE_ON_RESUME = (
-    "run.packages", "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts",
-    "run.grace_s", "run.name", "run.dir", "run.device", "run.share_gpu", "init.", "log.", "checkpoint.",
-    "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
-    "train.count_pass",
-    "train.activation_checkpointing", "train.aux_loss", "train.head_chunk", "data.cache", "data.overlap",
-    "router.center", "router.growth_steps")
-_PATHS = ("data.path", "data.held_out", "data.tokenizer")
 # Errors shown of a recorded config: one of another release may differ in every key.
 _MOST_ERRORS = 20
 
@@ -143,7 +131,7 @@ def for_run(overrides: Sequence[str]) -> Config:
     base["parallel"] = as_tree(ParallelConfig())
     base["engine"]["name"] = "torch"
     config = _on_recorded(base, trained, directory, values, command, problems, files, trains=False)
-    fixed = [error for error in _conflicts(trained, config, ()) if is_fixed(error.where)]
+    fixed = [error for error in conflicts(trained, config) if is_fixed(error.where)]
     for error in fixed:
         error.why = "the run was trained with the first value, and this command does not train"
         group = group_of(error.where.partition(".")[0])
@@ -263,14 +251,6 @@ def _of_another_release(error: ConfigError, where: Path, wrote: object) -> Confi
     return error
 
 
-def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
-    """List an error for each key that differs although a resumed run may not change it.
-
-    `old` is the run's own config.
-    """
-    return _conflicts(old, new, _FREE_ON_RESUME)
-
-
 def _compose_yaml(choices: Mapping[str, Any]) -> tuple[tree.Tree, list[tuple[str, Path]]]:
     """Compose conf/ with these choices: the tree, and its files, the strongest first (see tree.finish).
 
@@ -360,57 +340,3 @@ def _composed(folder: Path, arguments: tuple[str, ...]) -> tree.Tree:
         raise ConfigErrors(broken or [ConfigError(18, "the yaml files do not compose", where=str(folder),
                                                   why=str(error).splitlines()[0],
                                                   next="correct the file that is named")]) from error
-
-
-def _conflicts(old: Config, new: Config, free: Sequence[str]) -> list[ConfigError]:
-    """List an error for each key that differs and is not among `free`."""
-    before, now = ({**flatten(config), "loss": sorted(config.loss)} for config in (old, new))
-    places = [flatten(with_absolute_paths(config)) for config in (old, new)]
-    if before["loss"] != now["loss"]:  # reported once, not for every key of a loss that one side alone has
-        before, now = ({path: value for path, value in values.items() if not path.startswith("loss.")}
-                       for values in (before, now))
-    if old.run.seed == new.run.seed:  # null and the number that it stands for are the same data
-        before["data.seed"], now["data.seed"] = old.data_seed, new.data_seed
-    other_parts = {path.removesuffix("_target_") for path in {*before, *now} if path.endswith("._target_")
-                   and not path.startswith("loss.") and before.get(path) != now.get(path)}
-    errors = []
-    for path in dict.fromkeys([*before, *now]):
-        section, _, argument = path.partition(".")
-        if f"{section}." in other_parts and argument != "_target_":  # arguments of two parts do not compare
-            continue
-        if any(path == key or key.endswith(".") and path.startswith(key) for key in free):
-            continue
-        if path == "run.dtype" and now[path] == "auto":  # resolves to that of the run (train/session.py)
-            continue
-        if path in _PATHS and _same_place(*(values.get(path) for values in places)):
-            continue
-        if before.get(path, MISSING) != now.get(path, MISSING):
-            was, becomes = (show(values[path]) if path in values else "absent" for values in (before, now))
-            errors.append(ConfigError(
-                16, f"{path} was {was} and is {becomes} now", where=path,
-                why="the run was trained with the first value and cannot go on with another",
-                next=f"{_chosen_by(path, was) or f'{path}={was}'}, or another run.name" if path in before else
-                     f"leave {path} out, or another run.name"))
-    return errors
-
-
-def _chosen_by(path: str, value: str) -> str | None:
-    """Name the option of a group that chooses a part, as one types it; None if none or several do."""
-    group = group_of(path.partition(".")[0])
-    if path.partition(".")[2] != "_target_":
-        return None
-    found = [option for option in group_options().get(group, [])
-             if load(option_file(group, option)).get("_target_") == value]
-    return f"{group}={found[0]}" if len(found) == 1 else None
-
-
-def _same_place(old: str | None, new: str | None) -> bool:
-    """Check whether two paths may lead to the same data.
-
-    Where the data has moved, its fingerprint decides later (train/loop.py).
-    """
-    if old == new:
-        return True
-    if not old or not new or not os.path.isabs(old) or not os.path.isabs(new):
-        return False
-    return not any(map(os.path.exists, (old, f"{old}.idx")))

@@ -12,7 +12,8 @@ from pathlib import Path
 from moetrain.checkpoint.manifest import checkpoints_of, read_manifest, step_of
 from moetrain.checkpoint.records import Manifest
 from moetrain.checkpoint.verify import is_sound, problems
-from moetrain.config.compose import from_yaml, recorded, resume_conflicts
+from moetrain.config.compose import from_yaml, recorded
+from moetrain.config.resumed import resume_conflicts
 from moetrain.config.run_names import has_config
 from moetrain.config.schema import Config
 from moetrain.config.yaml_file import plain

@@ -12,12 +12,12 @@ from moetrain.config.compose import (
     config_dir,
     for_run,
     from_yaml,
-    resume_conflicts,
     run_dir,
     to_yaml,
 )
 from moetrain.config.groups import group_options, section_of, written_by
 from moetrain.config.overrides import sweep
+from moetrain.config.resumed import resume_conflicts
 from moetrain.config.schema import Config
 from moetrain.config.values import as_tree, flatten, schema_keys, show
 from moetrain.errors import ConfigError, ConfigErrors

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.config.compose import compose, resume_conflicts
+from moetrain.config.compose import compose
 from moetrain.config.recorded_paths import with_absolute_paths
+from moetrain.config.resumed import resume_conflicts
 
 TEXT = ["data=text", "data.path=corpus", "data.held_out=valid", "data.cache=kept/prepared",
         "data.tokenizer=tokenizer.json"]

@@ -10,8 +10,9 @@ from moetrain.__main__ import main
 from moetrain.checkpoint.manifest import read_manifest
 from moetrain.config import build, renamed
 from moetrain.config.build import FAMILIES, Family
-from moetrain.config.compose import compose, for_run, from_yaml, resume_conflicts
+from moetrain.config.compose import compose, for_run, from_yaml
 from moetrain.config.groups import config_dir
+from moetrain.config.resumed import resume_conflicts
 from moetrain.config.sweep import sweep_jobs
 from moetrain.config.values import flatten
 from moetrain.errors import ConfigErrors

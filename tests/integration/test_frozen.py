@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from moetrain.comm.mesh import lone_mesh
 from moetrain.comm.reduce import sum_over_async
-from moetrain.config.compose import compose, resume_conflicts
+from moetrain.config.compose import compose
+from moetrain.config.resumed import resume_conflicts
 from moetrain.config.schema import Config
 from moetrain.errors import CheckpointError
 from moetrain.model.build import ConvertModel

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from moetrain.config.compose import compose, from_yaml, resume_conflicts
+from moetrain.config.compose import compose, from_yaml
+from moetrain.config.resumed import resume_conflicts
 from moetrain.plan.precision import choose_dtype
 from moetrain.train.loop import train
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from moetrain import __version__
-from moetrain.config.compose import resume_conflicts
 from moetrain.config.recorded_paths import with_absolute_paths
+from moetrain.config.resumed import resume_conflicts
 from moetrain.config.values import as_tree
 from moetrain.errors import CheckpointError, DataError
 from moetrain.routers.context import routers_of
