@@ -11,8 +11,8 @@ from typing import Any
 
 from moetrain.cli.help import comment, keys_of
 from moetrain.config import readers
-from moetrain.config.compose import _FREE_ON_RESUME
 from moetrain.config.groups import config_dir, default_options, group_options, is_global, section_of
+from moetrain.config.resumed import FREE_ON_RESUME
 from moetrain.config.rules.ranges import RANGES
 from moetrain.config.trained_keys import CHANGING, FIXED
 from moetrain.config.values import Key, schema_keys, schema_sections, show, type_name
@@ -101,7 +101,7 @@ def _resuming() -> Iterator[str]:
     yield "## What may change later\n"
     free, fixed, changing = (
         ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in keys)
-        for keys in (_FREE_ON_RESUME, [key for key in FIXED if f"{key}." not in FIXED], CHANGING))
+        for keys in (FREE_ON_RESUME, [key for key in FIXED if f"{key}." not in FIXED], CHANGING))
     yield f"""\
 `moetrain train` on a run that has a checkpoint may change {free}.
 Any other difference from the run's `config.yaml` is `E-CONFIG-016`.

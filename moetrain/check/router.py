@@ -4,7 +4,7 @@ Shapes: T tokens, D model width, E experts, K slots.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,8 @@ def _reads_what_it_says(subject: Subject) -> None:
     router, whole = subject.make(), context_of()
     told = {field for field in RouterContext._fields if field.endswith("_T") or field == "carry"}
     unsaid = told - {"valid_T"} - router.depends_on
-    hidden = RouterContext(**{**whole._asdict(), **dict.fromkeys(unsaid)})
+    nothing: dict[str, Any] = dict.fromkeys(unsaid)
+    hidden = whole._replace(**nothing)
     try:
         least = router.route(subject.tokens(), hidden)
     except (TypeError, AttributeError, AssertionError) as error:

@@ -131,7 +131,7 @@ _VERBS = {
     "fit": ["train"], "run": ["train"], "resume": ["train"], "pretrain": ["train"],
     "sweep": ["train --multirun"], "submit": ["slurm"], "sbatch": ["slurm"],
     "convert": ["export", "import"], "save_pretrained": ["export"], "from_pretrained": ["import"],
-    "load": ["import"], "finetune": [],
+    "load": ["import"], "finetune": [], "trace": [],
 }
 
 

@@ -58,6 +58,7 @@ def _nearest(size: int) -> str:
     for name in group_options()["experiment"]:
         text = (config_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
         if chosen := re.search(r"override /model: (\w+)", text):
-            sizes = replace(ModelConfig(), **load(config_dir() / "model" / f"{chosen[1]}.yaml"))
+            values = load(config_dir() / "model" / f"{chosen[1]}.yaml")
+            sizes = replace(ModelConfig(), **values.get("model", values))   # of the model alone, or of more
             found[name] = abs(math.log(count_parameters(sizes, 50304).total / size))
     return min(found, key=lambda name: found[name])

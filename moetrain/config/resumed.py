@@ -12,7 +12,7 @@ from moetrain.config.yaml_file import load
 from moetrain.errors import ConfigError
 
 # Keys that a resumed run may change; a trailing dot means the whole section.
-_FREE_ON_RESUME = (
+FREE_ON_RESUME = (
     "run.packages", "run.steps", "run.stop_at", "run.nproc", "run.timeout_s", "run.max_restarts",
     "run.grace_s", "run.name", "run.dir", "run.device", "run.share_gpu", "init.", "log.", "checkpoint.",
     "eval.", "generate.", "parallel.", "schedule.", "planner.", "hardware.", "engine.", "train.micro_batch",
@@ -27,7 +27,7 @@ def resume_conflicts(old: Config, new: Config) -> list[ConfigError]:
 
     `old` is the run's own config.
     """
-    return conflicts(old, new, _FREE_ON_RESUME)
+    return conflicts(old, new, FREE_ON_RESUME)
 
 
 def conflicts(old: Config, new: Config, free: Sequence[str] = ()) -> list[ConfigError]:

@@ -4,13 +4,13 @@ Front matter as the Hugging Face hub reads it, how to load, sizes, data, figures
 picture of tokens per expert, and the result of the export's own check. Paths of this machine are left out.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from moetrain.config.layer_pattern import sparse_layers
 from moetrain.config.schema import Config
+from moetrain.files import read_json
 from moetrain.report.loss import records
 from moetrain.units import decimal
 
@@ -115,7 +115,7 @@ def _training(facts: CardFacts) -> str:
         "optimizer": f"{config.optim.name}, peak rate {config.optim.lr:g}, {config.optim.schedule}",
         "precision": config.run.dtype}
     try:
-        seen = json.loads((facts.run_dir / "env.json").read_text())["data"]
+        seen = read_json(facts.run_dir / "env.json")["data"]
         rows["fingerprint of the data"] = f"`{seen[:16]}`"
     except (OSError, ValueError, LookupError, TypeError):
         pass

@@ -14,6 +14,7 @@ ASKED = {
     "data prepare": ([], 2, "E-CONFIG-044"),
     "eval": ([], 13, "{run}/checkpoints"), "generate": (["data=text"], 13, "{run}/checkpoints"),
     "report": ([], 12, "{run}"),
+    "export": (["out=mine-hf"], 13, "{run}/checkpoints"),
     "inspect": ([], 13, "{run}/checkpoints"), "checkpoint verify": ([], 13, "{run}/checkpoints")}
 FORMS = {"runs/mine": ["mine", "run.name=mine"],
          "far/it's mine": ["far/it's mine", "run.dir=far/it's mine"]}
@@ -32,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("place, form", [(place, form) for place, forms in FORMS.items() for form in forms])
 def test_every_verb_takes_every_form(place: str, form: str, here: Path,
                                      capsys: pytest.CaptureFixture) -> None:
-    assert {verb.split()[0] for verb in ASKED} == set(VERBS) - {"check", "version"}
+    assert {verb.split()[0] for verb in ASKED} == set(VERBS) - {"check", "import", "version"}
     for verb, (more, code, said) in ASKED.items():
         # As a key, train and its like begin a run of that name: the options are typed again.
         again = ["experiment=debug",

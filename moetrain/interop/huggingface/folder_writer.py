@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moetrain.checkpoint.payload import header
 from moetrain.checkpoint.records import ITEM_BYTES, ByteRange
+from moetrain.files import create
 from moetrain.interop.huggingface.folder import INDEX, SINGLE
 from moetrain.parallel.state_shards import DTYPES
 from moetrain.transform.destination import disk_errors, new_directory, refuse_existing
@@ -109,9 +110,9 @@ class FolderWriter:
             finally:
                 os.close(descriptor)
 
-    def write(self, file: str, text: str) -> None:
-        """Write a text file of the folder."""
-        self._tried((self.folder / file).write_text, text)
+    def write(self, file: str, content: str | bytes) -> None:
+        """Write a file of the folder; text as UTF-8."""
+        self._tried(_write_new, self.folder / file, content.encode() if isinstance(content, str) else content)
 
     def _planned(self, tensors: Mapping[str, Kind]) -> list[list[str]]:
         """Divide tensors into shards, in their order."""
@@ -152,6 +153,11 @@ class FolderWriter:
 
 def _size(kind: Kind) -> int:
     return prod(kind[1]) * ITEM_BYTES[kind[0]]
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    with create(path) as file:
+        file.write(content)
 
 
 def _write_at(descriptor: int, content: memoryview, begin: int) -> None:

@@ -21,6 +21,7 @@ from moetrain.config.schema import Config
 from moetrain.data.corpus.builtin import builtin_documents
 from moetrain.data.tokenizers.tokenizer import Tokenizer
 from moetrain.errors import DataError
+from moetrain.files import read_bytes, read_json
 from moetrain.interop.huggingface.choice import choose_family
 from moetrain.interop.huggingface.export_files import (
     DTYPE_WORDS,
@@ -36,7 +37,7 @@ from moetrain.interop.huggingface.folder import HuggingFaceFolder, open_folder
 from moetrain.interop.huggingface.folder_writer import FolderWriter
 from moetrain.interop.huggingface.importing import PRESERVED
 from moetrain.interop.huggingface.logits_check import compare_logits, versions, why_not
-from moetrain.interop.huggingface.tokenizer_files import tokenizer_files
+from moetrain.interop.huggingface.tokenizer_files import LARGEST_FILE, tokenizer_files
 from moetrain.parallel.state_shards import DTYPES
 from moetrain.train.evaluation.trained import RecordedRun, open_trained, prepared_tokenizer, recorded_run
 from moetrain.transform.reader import WeightsReader, open_weights
@@ -132,12 +133,12 @@ def export_run(checkpoint: Path, out: Path, *, card: Callable[[CardFacts], str],
             check = _write(writer, reader, chosen, config, origin, tokenizer, dtype, progress)
             copied = [path for path in pictures if path.is_file()]
             for path in copied:
-                (writer.folder / path.name).write_bytes(path.read_bytes())
+                writer.write(path.name, read_bytes(path, limit=LARGEST_FILE))
             check["logits"] = _compared(run, reader, chosen, origin, writer.folder, tokenizer, verify)
             facts = CardFacts(
                 out.name, config, run_dir, chosen.architecture, check, reader.manifest.values["step"],
                 reader.manifest.values["tokens"], parameter_counts(reader), reader.vocab_size,
-                json.loads((writer.folder / "config.json").read_text())["max_position_embeddings"],
+                read_json(writer.folder / "config.json", limit=LARGEST_FILE)["max_position_embeddings"],
                 origin and origin.config, [path.name for path in copied])
             writer.write(CARD, card(facts))
             writer.write(CHECK, _json(check))
@@ -170,7 +171,7 @@ def _write(writer: FolderWriter, reader: WeightsReader, family: Family, config: 
         writer.write(GENERATION, _json(generation))
     files = tokenizer_files(tokenizer, origin and origin.folder)
     for name, content in files.items():
-        (writer.folder / name).write_bytes(content)
+        writer.write(name, content)
     return {
         "moetrain": __version__, "family": family.model_type, "architecture": family.architecture,
         "source": {"digest": reader.digest, "step": reader.manifest.values["step"]}, "dtype": word,

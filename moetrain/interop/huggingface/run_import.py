@@ -22,6 +22,7 @@ from moetrain.config.suggest import nearest
 from moetrain.config.values import to_config
 from moetrain.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from moetrain.errors import CheckpointError, DataError
+from moetrain.files import create
 from moetrain.interop.dcp.as_huggingface import open_dcp
 from moetrain.interop.huggingface.export_files import GENERATION, most_common
 from moetrain.interop.huggingface.families import FAMILIES
@@ -162,8 +163,9 @@ def _keep_origin(folder: PublicFolder, family: Family, directory: Path, origin: 
         for name in (*TOKENIZER_FILES, GENERATION):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, origin / name)
-        (origin / "config.json").write_text(json.dumps(folder.config, indent=2, ensure_ascii=False) + "\n")
-        (origin / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for name, content, indent in (("config.json", folder.config, 2), (RECORD, record, 1)):
+            with create(origin / name) as file:
+                file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def _numbers(shape: tuple[int, ...]) -> int:

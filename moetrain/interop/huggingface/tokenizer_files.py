@@ -17,8 +17,10 @@ from typing import Any
 
 from moetrain.data.tokenizers.special_strings import without_processing
 from moetrain.data.tokenizers.tokenizer import Tokenizer
+from moetrain.files import read_bytes
 
 END = "<|endoftext|>"
+LARGEST_FILE = 1 << 30             # bytes, of a tokenizer's file or a picture
 # What a tokenizer consists of in public folders, in any format.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tekken.json", "spiece.model",
@@ -32,7 +34,7 @@ def tokenizer_files(tokenizer: Tokenizer | None, origin: Path | None = None) -> 
         tokenizer: that of the run.
         origin: folder of what the run keeps of the folder that it was imported from (runs/origin.py).
     """
-    kept = {name: (origin / name).read_bytes() for name in TOKENIZER_FILES
+    kept = {name: read_bytes(origin / name, limit=LARGEST_FILE) for name in TOKENIZER_FILES
             if origin is not None and (origin / name).is_file()}
     if tokenizer is None or kept and kept.get("tokenizer.json") == tokenizer.content:
         return kept
