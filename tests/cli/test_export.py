@@ -98,6 +98,19 @@ def test_an_imported_run_is_used_at_once(here: Path, capsys: pytest.CaptureFixtu
         shutil.copytree("moved/back/huggingface", "runs/back/huggingface")
 
 
+def test_a_model_without_a_tokenizer_takes_the_one_that_is_typed(
+        here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("out", "bare", ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    assert main(["import", "bare", "out=ids"]) == 0
+    assert "data.tokenizer=" in said(capsys, 12, "eval", "ids", "data.path=corpus")
+    with_bytes = said(capsys, 0, "eval", "ids", "data.path=corpus", "data.tokenizer=bytes", "eval.windows=1",
+                      "--json")
+    as_trained = said(capsys, 0, "eval", "back", "data.path=corpus", "eval.windows=1", "--json")
+    found, wanted = (json.loads(text) for text in (with_bytes, as_trained))
+    assert found["nats_per_byte/mean"] == pytest.approx(wanted["nats_per_byte/mean"], rel=1e-5)
+    assert said(capsys, 0, "generate", "ids", "data.tokenizer=bytes", "generate.tokens=2")
+
+
 def test_training_goes_on_with_its_model_and_tokenizer(
         here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moetrain.cli.train.draw", lambda directory: None)

@@ -22,6 +22,7 @@ from moetrain.data.corpus.overlap import Share, token_overlap
 from moetrain.data.tokenizers.tokenizer import Tokenizer, configured_tokenizer
 from moetrain.errors import DataError
 from moetrain.model.build import ConvertModel
+from moetrain.runs.origin import origin_of
 from moetrain.runs.routing_record import RoutingRecord, summary
 from moetrain.train.data_setup import open_on_ranks, prepare_on_main
 from moetrain.train.evaluation.evaluate import evaluate
@@ -147,6 +148,8 @@ def _other_dataset(run: Trained, data: DataConfig, chosen: frozenset[str]) -> tu
     tokenizer = None
     if data.kind == "text":
         tokenizer = trained_tokenizer(run)
+        if tokenizer is None and "data.tokenizer" in chosen and origin_of(run.directory) is not None:
+            tokenizer = all_or_none(batch, lambda: configured_tokenizer(data))
         all_or_none(batch, lambda: _refuse_unreadable(run, data, tokenizer, chosen))
         data = measured_whole(data, chosen)
     config = replace(run.config, data=data)
@@ -169,6 +172,7 @@ def _refuse_unreadable(run: Trained, data: DataConfig, tokenizer: Tokenizer | No
                        chosen: frozenset[str]) -> None:
     if tokenizer is None:
         raise no_text(run, "there is no tokenizer to read text with",
+                      "data.tokenizer=<its tokenizer.json>" if origin_of(run.directory) is not None else
                       "name data of the same ids: data=tokens data.path=<folder>")
     if "data.tokenizer" in chosen:
         _refuse_other_tokenizer(data, tokenizer)

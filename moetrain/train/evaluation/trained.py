@@ -202,9 +202,11 @@ def prepared_tokenizer(run: Origin) -> Tokenizer | None:
         return load_tokenizer("bytes")
     if (found := find_prepared(run.fingerprint, run.places)) is not None:
         return found.tokenizer
+    kept = origin_of(run.directory)
+    if kept is not None and named is None:                       # a public folder without a tokenizer
+        return None
     if data.kind != "text" or named is None:
         raise _missing(run, "the tokenizer lies with the data")
-    kept = origin_of(run.directory)
     if kept is not None and not Path(data.tokenizer).exists():   # a run that was imported, and moved since
         data = replace(data, tokenizer=str(kept / Path(data.tokenizer).name))
     try:
